@@ -1,0 +1,1 @@
+"""The bus of a run: messages, codec, transport, ledger, staleness gate, leases, broker."""

@@ -1,0 +1,89 @@
+"""Wire format: one msgpack header frame, then one raw little-endian frame a column.
+
+Encoding copies nothing: a column frame is the array's own memory. Decoding is typed, checks dtypes
+against a whitelist and every frame's length against its header, and gives read-only views.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from databus.messages import Column
+
+T = TypeVar("T")
+Array = NDArray[Any]
+Frame = bytes | memoryview
+
+ALLOWED_DTYPES = frozenset({"<i4", "<i8", "<f4", "<u8", "|u1"})
+MAX_DIMENSIONS = 4
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class MalformedMessage(ValueError):
+    """What arrived is not a message of this bus; the text says why."""
+
+
+def encode_header(message: msgspec.Struct) -> bytes:
+    return _encoder.encode(message)
+
+
+def encode_columns(arrays: Mapping[str, Array]) -> tuple[tuple[Column, ...], list[Frame]]:
+    """Describe arrays and give their memory as frames.
+
+    Raises: ValueError for a dtype that is not on the whitelist: that is our own mistake, not a peer's.
+    """
+    columns: list[Column] = []
+    frames: list[Frame] = []
+    for name, array in arrays.items():
+        packed = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
+        dtype = packed.dtype.str
+        if dtype not in ALLOWED_DTYPES:
+            raise ValueError(f"column {name!r} has dtype {dtype}; allowed: {sorted(ALLOWED_DTYPES)}")
+        columns.append(Column(name=name, dtype=dtype, shape=packed.shape))
+        frames.append(packed.reshape(-1).view(np.uint8).data if packed.size else b"")
+    return tuple(columns), frames
+
+
+def decode_header(frame: Frame, decoder: "msgspec.msgpack.Decoder[T]") -> T:
+    """Raises: MalformedMessage for anything that is not one of the decoder's messages."""
+    try:
+        return decoder.decode(frame)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage(f"bad header: {error}") from None
+
+
+def decode_columns(columns: Sequence[Column], frames: Sequence[Frame]) -> dict[str, Array]:
+    """Read-only views of the frames.
+
+    Raises: MalformedMessage where a dtype is not allowed, a shape is wrong, a name appears twice, or a
+        frame's length is not what its header says.
+    """
+    if len(columns) != len(frames):
+        raise MalformedMessage(f"{len(columns)} columns announced, {len(frames)} frames received")
+    arrays: dict[str, Array] = {}
+    for column, frame in zip(columns, frames, strict=True):
+        if column.name in arrays:
+            raise MalformedMessage(f"column {column.name!r} appears twice")
+        arrays[column.name] = _decode_column(column, frame)
+    return arrays
+
+
+def _decode_column(column: Column, frame: Frame) -> Array:
+    if column.dtype not in ALLOWED_DTYPES:
+        raise MalformedMessage(f"column {column.name!r}: dtype {column.dtype!r} is not allowed")
+    if len(column.shape) > MAX_DIMENSIONS or any(size < 0 for size in column.shape):
+        raise MalformedMessage(f"column {column.name!r}: bad shape {column.shape}")
+    dtype = np.dtype(column.dtype)
+    expected = dtype.itemsize
+    for size in column.shape:  # Python integers: a huge shape cannot overflow
+        expected *= size
+    view = memoryview(frame)
+    if view.nbytes != expected:
+        raise MalformedMessage(f"column {column.name!r}: {view.nbytes} bytes, its header says {expected}")
+    array = np.frombuffer(view, dtype=dtype).reshape(column.shape)
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,53 @@
+"""Settings of the bus and of the broker."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+PositiveFloat = Annotated[float, Meta(gt=0)]
+PositiveInt = Annotated[int, Meta(ge=1)]
+
+StalePolicy = Literal["drop", "mask", "requeue"]
+
+
+class BusConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sockets, deadlines and limits.
+
+    address: where the broker listens; "auto" is an ipc socket of the run. `tcp://127.0.0.1:PORT`
+        serves other processes of this machine in plain text; other hosts need keys, which this version
+        does not have yet, so any other address is refused.
+    heartbeat_s: how often every peer is heard.
+    peer_timeout_s: silence after which a peer is taken for dead and loses its leases.
+    lease_s: time a worker has for one group.
+    max_attempts: leases of one cursor before its group counts as failed.
+    max_message_bytes: larger messages are refused.
+    """
+
+    address: str = "auto"
+    heartbeat_s: PositiveFloat = 2.0
+    peer_timeout_s: PositiveFloat = 30.0
+    lease_s: PositiveFloat = 600.0
+    max_attempts: PositiveInt = 3
+    max_message_bytes: PositiveInt = 1 << 28
+
+
+class BrokerConfig(Struct, frozen=True, kw_only=True):
+    """What the broker needs of a run; `echelon` derives it from the run's configuration."""
+
+    run_id: str
+    address: str
+    steps: int
+    start_step: int
+    group_size: int
+    batch_groups: int
+    max_staleness: int
+    stale_policy: StalePolicy
+    max_tokens: int
+    temperature: float
+    eval_every: int
+    eval_max_tokens: int
+    eval_timeout_s: float
+    max_reward_failures: int
+    bus: BusConfig
+    config_json: bytes = b""
+    run_dir: str = ""

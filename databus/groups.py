@@ -1,0 +1,127 @@
+"""A scored group as columns: what a worker sends, the broker checks, and the learner trains on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from databus.codec import Array, MalformedMessage
+
+GROUP_COLUMNS = {
+    "prompt_ids": ("<i4", 1),
+    "lengths": ("<i4", 1),
+    "token_ids": ("<i4", 1),
+    "logprobs": ("<f4", 1),
+    "loss_mask": ("|u1", 1),
+    "version_values": ("<i4", 1),
+    "version_lengths": ("<i4", 1),
+    "rewards": ("<f4", 1),
+    "reward_parts": ("<f4", 2),
+    "truncated": ("|u1", 1),
+}
+"""Column name -> (dtype, dimensions). G completions, their T tokens concatenated, S version spans, P parts:
+
+prompt_ids [P0]; lengths [G] tokens a completion; token_ids [T]; logprobs [T] of the sampling distribution;
+loss_mask [T], 1 where a token bears loss; version_values, version_lengths [S]: run-length code of the
+policy version that sampled each of the T tokens; rewards [G]; reward_parts [G, P]; truncated [G], 1 where the
+completion ended for want of room, not with an end token.
+"""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with its G completions; arrays as `GROUP_COLUMNS`."""
+
+    prompt_ids: Array
+    lengths: Array
+    token_ids: Array
+    logprobs: Array
+    loss_mask: Array
+    version_values: Array
+    version_lengths: Array
+    rewards: Array
+    reward_parts: Array
+    truncated: Array
+
+    @property
+    def size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def token_versions(self) -> Array:
+        """int32 [T]: the policy version that sampled each token."""
+        return np.repeat(self.version_values, self.version_lengths)
+
+    def oldest_loss_version(self) -> int | None:
+        """The smallest version among loss-bearing tokens; None where no token bears loss."""
+        versions = self.token_versions()[self.loss_mask.astype(bool)]
+        return int(versions.min()) if versions.size else None
+
+    def columns(self) -> dict[str, Array]:
+        return {name: getattr(self, name) for name in GROUP_COLUMNS}
+
+
+def run_lengths(values: Array) -> tuple[Array, Array]:
+    """Run-length code of int32 [T] as (values [S], lengths [S])."""
+    if not len(values):
+        return np.zeros(0, np.int32), np.zeros(0, np.int32)
+    starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
+    lengths = np.diff(np.concatenate((starts, [len(values)])))
+    return values[starts].astype(np.int32), lengths.astype(np.int32)
+
+
+def group_from_columns(arrays: dict[str, Array]) -> Group:
+    """Check decoded columns and make a group of them.
+
+    Raises: MalformedMessage for a missing or unknown column, a wrong dtype or dimension, lengths that do
+        not add up, a mask outside 0 and 1, negative token ids or versions, or a number that is not finite.
+    """
+    if arrays.keys() != GROUP_COLUMNS.keys():
+        wrong = sorted(arrays.keys() ^ GROUP_COLUMNS.keys())
+        raise MalformedMessage(f"missing or unknown columns: {', '.join(wrong)}")
+    for name, (dtype, dimensions) in GROUP_COLUMNS.items():
+        array = arrays[name]
+        if array.dtype.str != dtype or array.ndim != dimensions:
+            raise MalformedMessage(
+                f"column {name!r}: {array.dtype.str} with {array.ndim} dimensions, expected {dtype} with {dimensions}"
+            )
+    group = Group(**arrays)
+    _check_sizes(group)
+    _check_values(group)
+    return group
+
+
+def _check_sizes(group: Group) -> None:
+    num_tokens, size = group.num_tokens, group.size
+    if size == 0:
+        raise MalformedMessage("a group without completions")
+    if len(group.prompt_ids) == 0:
+        raise MalformedMessage("a group without a prompt")
+    for name in ("logprobs", "loss_mask"):
+        if len(getattr(group, name)) != num_tokens:
+            raise MalformedMessage(f"column {name!r} has {len(getattr(group, name))} entries for {num_tokens} tokens")
+    for name in ("rewards", "reward_parts", "truncated"):
+        if len(getattr(group, name)) != size:
+            raise MalformedMessage(f"column {name!r} has {len(getattr(group, name))} entries for {size} completions")
+    for name in ("lengths", "version_lengths"):
+        counts = getattr(group, name)
+        if (counts < 0).any() or int(counts.sum(dtype=np.int64)) != num_tokens:
+            raise MalformedMessage(f"column {name!r} does not add up to {num_tokens} tokens")
+    if len(group.version_values) != len(group.version_lengths):
+        raise MalformedMessage("version_values and version_lengths differ in length")
+
+
+def _check_values(group: Group) -> None:
+    for name in ("prompt_ids", "token_ids", "version_values"):
+        if (getattr(group, name) < 0).any():
+            raise MalformedMessage(f"column {name!r} has a negative entry")
+    for name in ("loss_mask", "truncated"):
+        if (getattr(group, name) > 1).any():
+            raise MalformedMessage(f"column {name!r} has an entry other than 0 and 1")
+    for name in ("logprobs", "rewards", "reward_parts"):
+        if not np.isfinite(getattr(group, name)).all():
+            raise MalformedMessage(f"column {name!r} has an entry that is not finite")
+    if (group.logprobs > 0).any():
+        raise MalformedMessage("column 'logprobs' has an entry above 0")

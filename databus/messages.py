@@ -1,0 +1,359 @@
+"""Every message of the bus, grouped by receiver; each says who sends it to whom.
+
+A message is one msgpack header (a tagged struct of this module) followed by raw little-endian
+column frames (see `databus.codec`). Nothing that arrives is ever unpickled or evaluated. New
+fields go last, with defaults, so that an older peer can still decode.
+"""
+
+from typing import Literal
+
+from msgspec import Struct
+
+PROTOCOL = 1
+
+Role = Literal["worker", "learner", "observer"]
+Purpose = Literal["train", "eval"]
+
+
+class Column(Struct, frozen=True):
+    """One raw frame that follows the header: its name, dtype (numpy, little-endian) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Sampling(Struct, frozen=True, kw_only=True):
+    """How a completion is drawn. Temperature 0 is greedy."""
+
+    max_tokens: int
+    temperature: float = 1.0
+
+
+# ---------------------------------------------------------------- any peer -> broker
+
+
+class Hello(Struct, frozen=True, kw_only=True, tag=True):
+    """First message of every connection, repeated after a reconnection; answered by `Welcome` or `Refused`.
+
+    `version` is the policy version the peer holds: the one a worker's engine serves, or the
+    one the learner starts from. `max_sequences` is how many sequences a worker's engine runs at once.
+    """
+
+    role: Role
+    name: str
+    run_id: str = ""
+    protocol: int = PROTOCOL
+    version: int = 0
+    max_sequences: int = 0
+    pid: int = 0
+    host: str = ""
+
+
+class Heartbeat(Struct, frozen=True, kw_only=True, tag=True):
+    """Any peer -> broker, every `heartbeat_s`; answered by `HeartbeatReply`. Counters are cumulative."""
+
+    running_sequences: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    draft_rounds: int = 0
+
+
+class Goodbye(Struct, frozen=True, kw_only=True, tag=True):
+    """Any peer -> broker: it leaves in good order; leases it still holds go back at once."""
+
+    reason: str = ""
+
+
+# ---------------------------------------------------------------- worker -> broker
+
+
+class Credits(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> broker: how many training groups it has been willing to take *since it said hello*.
+
+    Cumulative, so that a copy or a late arrival changes nothing: the broker keeps the maximum and
+    leases while it has sent fewer. Evaluation leases cost no credit (`Hello.max_sequences` bounds them).
+    """
+
+    total: int
+
+
+class Completed(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> broker: a scored group; columns as `databus.groups.GROUP_COLUMNS`. Kept until `Ack`."""
+
+    group_id: str
+    columns: tuple[Column, ...]
+    reward_names: tuple[str, ...] = ()
+    generate_s: float = 0.0
+    score_s: float = 0.0
+
+
+class Failed(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> broker: the group cannot be completed. `cause` names the stage that failed."""
+
+    group_id: str
+    cause: Literal["engine", "reward"]
+    error: str
+
+
+class Released(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> broker: leases handed back untouched or unfinished; they are leased again."""
+
+    group_ids: tuple[str, ...]
+
+
+class VersionApplied(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> broker: the engine serves `version` from now on; what the update cost."""
+
+    version: int
+    pause_s: float = 0.0
+    sync_s: float = 0.0
+    received_bytes: int = 0
+
+
+# ---------------------------------------------------------------- learner -> broker
+
+
+class BatchRequest(Struct, frozen=True, kw_only=True, tag=True):
+    """Learner -> broker: ready for batch `step`. Asking again for the same step gives the same batch."""
+
+    step: int
+
+
+class StepDone(Struct, frozen=True, kw_only=True, tag=True):
+    """Learner -> broker: optimizer step `step` is taken; `metrics` as `area/name_unit` -> value."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+class VersionPublished(Struct, frozen=True, kw_only=True, tag=True):
+    """Learner -> broker: `version` can be pulled from the weight server at `address`."""
+
+    version: int
+    address: str
+    num_bytes: int
+
+
+class PositionRequest(Struct, frozen=True, kw_only=True, tag=True):
+    """Learner -> broker: where the data stood once steps `0..step-1` were trained; goes into a checkpoint."""
+
+    step: int
+
+
+# ---------------------------------------------------------------- observer -> broker
+
+
+class StatusRequest(Struct, frozen=True, kw_only=True, tag=True):
+    """Observer (supervisor, `echelon watch`) -> broker."""
+
+
+# ---------------------------------------------------------------- broker -> any peer
+
+
+class Welcome(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> peer: accepted. `config_json` is the run's resolved configuration."""
+
+    run_id: str
+    heartbeat_s: float
+    peer_timeout_s: float
+    config_json: bytes = b""
+    run_dir: str = ""
+
+
+class Refused(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> peer: not accepted, or the last message was wrong; `reason` is one line for a person."""
+
+    reason: str
+
+
+class HeartbeatReply(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> peer: the broker lives; `version` is the newest published one."""
+
+    version: int
+
+
+class Stop(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> peer: the run is over; stop and exit. `ok` is False when something failed."""
+
+    reason: str
+    ok: bool = True
+
+
+# ---------------------------------------------------------------- broker -> worker
+
+
+class Lease(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> worker: generate and score one group.
+
+    `problem` is the data set's row as JSON, for the reward function. `prompt_ids` are token ids of
+    the prompt. `predicted_tokens` is the expected completion length (0: unknown). The lease
+    returns to the broker `lease_s` seconds after it was sent.
+    """
+
+    group_id: str
+    cursor: int
+    attempt: int
+    purpose: Purpose
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    problem: bytes
+    group_size: int
+    sampling: Sampling
+    lease_s: float
+    predicted_tokens: int = 0
+
+
+class Cancel(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> worker: these leases have expired or are no longer wanted; stop generating them."""
+
+    group_ids: tuple[str, ...]
+
+
+class Ack(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> worker: the group's result is settled, so the worker may forget it.
+
+    `accepted` is False where the result was dropped (`reason` says why); never send it again either way.
+    """
+
+    group_id: str
+    accepted: bool
+    reason: str = ""
+
+
+class VersionAnnounced(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> worker: pull `version` from the weight server at `address` and serve it."""
+
+    version: int
+    address: str
+    num_bytes: int
+
+
+# ---------------------------------------------------------------- broker -> learner
+
+
+class BatchGroup(Struct, frozen=True, kw_only=True):
+    """One group of a `Batch`; its columns are frames `first_frame ..` of the batch message."""
+
+    group_id: str
+    columns: tuple[Column, ...]
+    first_frame: int
+
+
+class Batch(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> learner: the groups that step `step` trains, cut under the staleness bound."""
+
+    step: int
+    max_staleness: int
+    groups: tuple[BatchGroup, ...]
+
+
+class Position(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> learner: the data position at `step`; opaque to the learner, kept in its checkpoint.
+
+    `next_cursor` is the first cursor never leased; `pending` are earlier cursors with no trained
+    group yet, as (cursor, next attempt), so that a resumed run skips and repeats nothing. `counts` are the
+    ledger's totals at that step, so that a resumed run's metrics go on from them.
+    """
+
+    step: int
+    next_cursor: int
+    pending: tuple[tuple[int, int], ...]
+    counts: dict[str, int]
+
+
+# ---------------------------------------------------------------- broker -> observer
+
+
+class WorkerStatus(Struct, frozen=True, kw_only=True):
+    name: str
+    version: int
+    leased_groups: int
+    running_sequences: int
+    tokens_per_s: float
+    silent_s: float
+
+
+class Status(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> observer: the run at a glance. `phase` is `starting | running | finishing | finished | failed`.
+
+    `last_progress_s` is the age of the newest sign of progress (a group completed, a step done, a
+    version applied); `error` is the first cause where the broker ended the run.
+    """
+
+    phase: str
+    step: int
+    steps: int
+    version: int
+    learner_ready: bool
+    workers: tuple[WorkerStatus, ...]
+    running_groups: int
+    queued_groups: int
+    counts: dict[str, int]
+    last_progress_s: float
+    error: str = ""
+
+
+# ---------------------------------------------------------------- worker <-> weight server of the learner
+
+
+class TensorSpec(Struct, frozen=True, kw_only=True):
+    """One tensor of a snapshot: where its bytes lie in the version's flat buffer, and their xxh3-64."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+    xxh3: int
+
+
+class ManifestRequest(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> weight server."""
+
+    version: int
+
+
+class Manifest(Struct, frozen=True, kw_only=True, tag=True):
+    """Weight server -> worker: the tensors of a version, in one flat buffer of `num_bytes`, cut in chunks."""
+
+    version: int
+    num_bytes: int
+    chunk_bytes: int
+    tensors: tuple[TensorSpec, ...]
+
+
+class ChunkRequest(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> weight server: one chunk. A worker keeps a few of these outstanding (its credit)."""
+
+    version: int
+    index: int
+
+
+class Chunk(Struct, frozen=True, kw_only=True, tag=True):
+    """Weight server -> worker: bytes `index * chunk_bytes ..` of the version; one raw frame follows."""
+
+    version: int
+    index: int
+
+
+class VersionGone(Struct, frozen=True, kw_only=True, tag=True):
+    """Weight server -> worker: that version is no longer (or not yet) kept; `newest` is."""
+
+    version: int
+    newest: int
+
+
+PeerHello = Hello | Heartbeat | Goodbye
+FromWorker = Credits | Completed | Failed | Released | VersionApplied
+FromLearner = BatchRequest | StepDone | VersionPublished | PositionRequest
+ToBroker = PeerHello | FromWorker | FromLearner | StatusRequest
+
+ToAnyPeer = Welcome | Refused | HeartbeatReply | Stop
+ToWorker = ToAnyPeer | Lease | Cancel | Ack | VersionAnnounced
+ToLearner = ToAnyPeer | Batch | Position
+ToObserver = ToAnyPeer | Status
+
+ToWeightServer = ManifestRequest | ChunkRequest
+FromWeightServer = Manifest | Chunk | VersionGone

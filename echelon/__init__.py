@@ -1,0 +1,1 @@
+"""Composition: CLI, recipes, supervisor, run folder, metrics."""

@@ -1,0 +1,1 @@
+"""The FSDP2 learner: advantages, losses, packing, model, trainer loop, checkpoints, weights out."""

@@ -1,0 +1,1 @@
+"""Rollout workers: engines, the worker loop, weights in."""

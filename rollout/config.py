@@ -1,0 +1,42 @@
+"""Settings of rollout workers."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+
+
+class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Rollout workers and their engines.
+
+    workers: how many the supervisor starts; more may join later (`echelon worker --join`).
+    engine: `vllm`, or `small`, a slow deterministic engine on a transformers model for tests.
+    device, dtype: where the engine runs and its serving dtype, the one that weights are published in.
+    max_sequences: sequences that one engine runs at once; with `group_size` it gives the worker's credit.
+    context_tokens: prompt and completion together; a longer prompt is refused before the run starts.
+    max_tokens, temperature: sampling of training completions. There is no top-p or top-k: they would bias
+        the importance ratio between the sampled and the trained distribution.
+    gpu_memory_fraction: share of a GPU that vLLM may take. kv_cache_gib: KV cache of a CPU engine.
+    enforce_eager: skip vLLM's graph capture and compilation (faster start, slower steps).
+    """
+
+    workers: PositiveInt = 1
+    engine: Literal["vllm", "small"] = "vllm"
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_sequences: PositiveInt = 256
+    context_tokens: PositiveInt = 2048
+    max_tokens: PositiveInt = 1024
+    temperature: PositiveFloat = 1.0
+    gpu_memory_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    kv_cache_gib: PositiveInt = 1
+    enforce_eager: bool = True
+    start_timeout_s: PositiveFloat = 600.0
+
+
+class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Speculative drafting. policy: only `off` in this version."""
+
+    policy: Literal["off"] = "off"
