@@ -1,0 +1,116 @@
+"""The policy: any transformers causal language model under FSDP2, from token ids to log-probabilities."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from learner.logprobs import token_logprobs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling")
+"""Settings of some models that change logits outside the output embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """temperature: of the sampling policy, at which log-probabilities are taken. The rest as in `LearnerConfig`."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    temperature: float = 1.0
+    logprob_chunk_tokens: int = 2048
+    gradient_checkpointing: bool = False
+
+
+class PolicyModel(nn.Module):
+    """A causal language model whose forward pass ends in log-probabilities of given targets.
+
+    The output head runs inside `forward`, because only there are FSDP's root parameters whole.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, temperature: float, logprob_chunk_tokens: int) -> None:
+        """Raises: ValueError if the model's logits are not hidden · weightᵀ, up to a soft cap."""
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.temperature = temperature
+        self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
+        _check_head(causal_lm)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, loss_positions: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target, and the entropy there.
+
+        Args: input_ids, position_ids: int64 [R, L]; packed sequences are told apart by positions that restart.
+            loss_positions: int64 [K], indices into the flattened [R · L]. targets: int64 [K].
+        Returns: (logprobs [K] with gradient, entropy [K] without), float32, nats.
+        """
+        # attention_mask stays None: only then does transformers find the packed sequences in position_ids.
+        output = self.causal_lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, loss_positions)
+        weight = self.causal_lm.get_output_embeddings().weight
+        return token_logprobs(hidden, weight, targets, self.temperature, self.logprob_chunk_tokens, self.softcap)
+
+
+def build_model(model_path: str | Path, options: ModelOptions) -> PolicyModel:
+    """Load a model with fp32 masters and shard it over all ranks of the process group, which must exist.
+
+    Raises: ValueError, in one line, if transformers cannot load a causal language model from there.
+    """
+    policy = PolicyModel(load_causal_lm(model_path), options.temperature, options.logprob_chunk_tokens)
+    if options.gradient_checkpointing:
+        policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _disable_dropout(policy)
+    policy.train()  # transformers checkpoints gradients in training mode only
+    return shard(policy, options)
+
+
+def load_causal_lm(model_path: str | Path) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ValueError(f"model {str(model_path)!r} cannot be loaded as a causal language model: {first_line}") from None
+
+
+def shard(policy: PolicyModel, options: ModelOptions) -> PolicyModel:
+    """FSDP2 over every decoder layer and the root. Gradients are summed over ranks, not averaged."""
+    mesh = init_device_mesh(options.device, (torch.distributed.get_world_size(),), mesh_dim_names=("data",))
+    precision = MixedPrecisionPolicy(param_dtype=DTYPES[options.dtype], reduce_dtype=torch.float32)
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
+    for layer in decoder_layers(policy.causal_lm):
+        fully_shard(layer, **settings)
+    fully_shard(policy, **settings)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by the global number of tokens: a mean over ranks would divide it once more.
+            module.set_gradient_divide_factor(1.0)
+    return policy
+
+
+def decoder_layers(causal_lm: PreTrainedModel) -> list[nn.Module]:
+    names = set(causal_lm._no_split_modules or ())
+    return [module for module in causal_lm.modules() if type(module).__name__ in names]
+
+
+def _check_head(causal_lm: PreTrainedModel) -> None:
+    head = causal_lm.get_output_embeddings()
+    scales = [name for name in UNSUPPORTED_SCALES if getattr(causal_lm.config, name, 1.0) not in (None, 1.0)]
+    if head is None or getattr(head, "bias", None) is not None or scales:
+        reason = f"its config sets {scales[0]}" if scales else "its output head is not a plain matrix"
+        raise ValueError(f"{type(causal_lm).__name__} cannot be trained: {reason}")
+
+
+def _disable_dropout(policy: PolicyModel) -> None:
+    """Training mode must not change log-probabilities: they are compared with those of the sampling engine."""
+    for module in policy.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and (name == "p" or "dropout" in name):
+                setattr(module, name, 0.0)

@@ -1,0 +1,38 @@
+"""AdamW, the learning-rate schedule, and gradient clipping."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from learner.config import LearnerConfig
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: LearnerConfig) -> tuple[AdamW, LambdaLR]:
+    """AdamW (arXiv:1711.05101) and a scheduler whose rate for step s is `lr · lr_factor(s, config)`."""
+    optimizer = AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    return optimizer, LambdaLR(optimizer, lambda step: lr_factor(step, config))
+
+
+def lr_factor(step: int, config: LearnerConfig) -> float:
+    """Share of the peak rate at optimizer step `step` (from 0): linear warm-up, then the schedule, to 0 at `steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    match config.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return max(0.0, 1.0 - progress)
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale gradients down to a global L2 norm of `max_norm`; the norm before that, over all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,0 +1,125 @@
+"""The weight server: workers pull policy versions from the learner, chunk by chunk."""
+
+import logging
+import shutil
+import tempfile
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from databus.codec import MalformedMessage, decode_header, encode_header
+from databus.messages import Chunk, ChunkRequest, FromWeightServer, ManifestRequest, ToWeightServer, VersionGone
+from learner.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
+
+POLL_MS = 100
+MAX_REQUEST_BYTES = 4096
+NONE_KEPT = -1
+
+
+class WeightServer:
+    """Serves the newest versions from a thread with a ROUTER socket of its own; never blocks its caller.
+
+    Requests that make no sense are ignored and counted, as are answers that a peer does not take.
+    """
+
+    def __init__(self, bus_address: str, keep: int) -> None:
+        """Bind beside the bus: on loopback TCP where the bus is on TCP, otherwise on ipc in a private folder.
+
+        Args: keep: versions kept, at least 1.
+        Raises: zmq.ZMQError if nothing can be bound.
+        """
+        self.malformed_requests = 0
+        self.undelivered_answers = 0
+        self._keep = keep
+        self._snapshots: OrderedDict[int, Snapshot] = OrderedDict()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._folder: Path | None = None
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.address = self._bind(bus_address)
+        self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
+        self._thread.start()
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Serve one more version from now on; the oldest beyond `keep` is forgotten."""
+        with self._lock:
+            self._snapshots[snapshot.manifest.version] = snapshot
+            while len(self._snapshots) > self._keep:
+                self._snapshots.popitem(last=False)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stop serving within `timeout_s` and remove what was created. Harmless when called again."""
+        self._stop.set()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.warning("the weight server did not stop within %.0f s", timeout_s)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _bind(self, bus_address: str) -> str:
+        if bus_address.startswith("tcp://"):
+            host = bus_address.removeprefix("tcp://").rsplit(":", 1)[0]
+            self._socket.setsockopt(zmq.IPV6, int(host.startswith("[")))
+            self._socket.bind(f"tcp://{host}:*")
+            return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._folder = Path(tempfile.mkdtemp(prefix="echelon-weights-"))  # mode 0700
+        address = f"ipc://{self._folder / 'socket'}"
+        self._socket.bind(address)
+        return address
+
+    def _serve(self) -> None:
+        try:
+            while not self._stop.is_set():
+                if self._socket.poll(POLL_MS):
+                    self._answer(self._socket.recv_multipart())
+        finally:
+            # Sockets belong to one thread: this one closes it. destroy() waits for no peer (LINGER 0).
+            self._context.destroy(linger=0)
+
+    def _answer(self, frames: list[bytes]) -> None:
+        peer, *parts = frames
+        try:
+            if len(parts) != 1:
+                raise MalformedMessage(f"{len(parts)} frames, expected 1")
+            request = decode_header(parts[0], _decoder)
+        except MalformedMessage as error:
+            self.malformed_requests += 1
+            logger.debug("request ignored: %s", error)
+            return
+        self._send(peer, *self._reply(request))
+
+    def _reply(self, request: ToWeightServer) -> tuple[FromWeightServer | None, memoryview | None]:
+        with self._lock:
+            snapshot = self._snapshots.get(request.version)
+            newest = next(reversed(self._snapshots), NONE_KEPT)
+        if snapshot is None:
+            return VersionGone(version=request.version, newest=newest), None
+        match request:
+            case ManifestRequest():
+                return snapshot.manifest, None
+            case ChunkRequest():
+                data = snapshot.chunk(request.index)
+                return (None, None) if data is None else (Chunk(version=request.version, index=request.index), data)
+
+    def _send(self, peer: bytes, reply: FromWeightServer | None, data: memoryview | None) -> None:
+        if reply is None:
+            self.malformed_requests += 1
+            return
+        frames = [peer, encode_header(reply)] + ([data] if data is not None else [])
+        try:
+            self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError as error:  # the peer has gone, or takes nothing: it will ask again
+            self.undelivered_answers += 1
+            logger.debug("answer to %r not delivered: %s", peer, error)
+
+
+_decoder = msgspec.msgpack.Decoder(ToWeightServer)

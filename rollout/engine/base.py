@@ -1,0 +1,112 @@
+"""What a rollout worker asks of an inference engine.
+
+EngineError            one request failed; the engine goes on
+├── UpdateFailed       new weights were refused; the old version serves on
+└── EngineDead         the engine can serve nothing any more
+"""
+
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+from databus.codec import Array
+from databus.messages import Manifest, Sampling
+
+
+class EngineError(Exception):
+    """One line for a person."""
+
+
+class UpdateFailed(EngineError):
+    """The new weights could not be loaded; the version served before is served still, unmixed."""
+
+
+class EngineDead(EngineError):
+    """The engine's process is gone, or holds weights of which nobody knows the version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One prompt to complete `group_size` times."""
+
+    group_id: str
+    prompt_ids: tuple[int, ...]
+    group_size: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled completion of t tokens, its end token included.
+
+    token_ids: int32 [t]. logprobs: float32 [t], of the distribution sampled from, after the temperature (greedy: of
+    the model's own). versions: int32 [t], the policy version that sampled each token. truncated: it ended for want
+    of room, not with an end token.
+    """
+
+    token_ids: Array
+    logprobs: Array
+    versions: Array
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Checked weights of one version: the manifest, and its flat buffer in anonymous shared memory (`fd`).
+
+    Whoever pulled it closes it, once the engine has taken it over.
+    """
+
+    version: int
+    manifest: Manifest
+    fd: int
+
+    def map(self) -> mmap.mmap:
+        """The buffer, read-only."""
+        return mmap.mmap(self.fd, self.manifest.num_bytes, prot=mmap.PROT_READ)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """pause_s: how long no token was generated."""
+
+    pause_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """running_sequences is of this moment; generated_tokens counts since the start."""
+
+    running_sequences: int = 0
+    generated_tokens: int = 0
+
+
+class Engine(Protocol):
+    """Cancelling the task that awaits `generate` aborts its requests."""
+
+    @property
+    def version(self) -> int:
+        """The policy version that new tokens are sampled with."""
+        ...
+
+    async def start(self) -> None:
+        """Load the model. Raises: ValueError for a setting it cannot work with; EngineDead where it does not come up."""
+        ...
+
+    async def generate(self, request: GenerateRequest) -> list[Completion]:
+        """All completions of the group. Raises: EngineError; EngineDead."""
+        ...
+
+    async def update(self, snapshot: Snapshot) -> UpdateReport:
+        """Serve `snapshot` from the next token on; requests in flight go on. Raises: UpdateFailed; EngineDead."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None:
+        """End every process and thread of the engine, whatever its state."""
+        ...

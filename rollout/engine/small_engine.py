@@ -1,0 +1,167 @@
+"""A slow, deterministic engine on a transformers model, for tests that need no vLLM.
+
+A group is decoded as one batch, and its noise comes from a counter-based generator keyed by (seed, group,
+position, sample): what a group says depends neither on its neighbours nor on when it is scheduled.
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
+
+import torch
+
+from rollout.config import RolloutConfig
+from rollout.engine.base import (
+    Completion,
+    EngineDead,
+    EngineError,
+    EngineStats,
+    GenerateRequest,
+    Snapshot,
+    UpdateFailed,
+    UpdateReport,
+)
+from rollout.engine.small_group import RunningGroup
+from rollout.engine.tensors import DTYPES, first_mismatch, tensors
+
+CLOSE_TIMEOUT_S = 10.0
+IDLE_POLL_S = 0.5
+
+Command = Callable[[], None]
+
+
+class SmallEngine:
+    """One thread steps the groups in turn, a token each, and does everything else between two steps."""
+
+    def __init__(self, config: RolloutConfig, model: str, seed: int, version: int) -> None:
+        self._config = config
+        self._model_path = model
+        self._seed = seed
+        self._version = version
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._groups: list[tuple[RunningGroup, Future[list[Completion]]]] = []
+        self._generated = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve, name="small-engine", daemon=True)
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    async def start(self) -> None:
+        self._model = await asyncio.to_thread(self._load)
+        self._thread.start()
+
+    async def generate(self, request: GenerateRequest) -> list[Completion]:
+        if len(request.prompt_ids) >= self._config.context_tokens:
+            raise EngineError(f"prompt of {len(request.prompt_ids)} tokens, context of {self._config.context_tokens}")
+        future: Future[list[Completion]] = Future()
+        group = RunningGroup(request, self._model, self._seed, self._config.context_tokens)
+        return await self._ask(lambda: self._groups.append((group, future)), future)
+
+    async def update(self, snapshot: Snapshot) -> UpdateReport:
+        future: Future[UpdateReport] = Future()
+        return await self._ask(lambda: self._apply(snapshot, future), future)
+
+    def stats(self) -> EngineStats:
+        running = sum(group.request.group_size for group, _ in list(self._groups))
+        return EngineStats(running_sequences=running, generated_tokens=self._generated)
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+
+    async def _ask(self, command: Command, future: "Future[Any]") -> Any:
+        if not self._thread.is_alive() or self._closing:
+            raise EngineDead("the engine has stopped")
+        self._commands.put(command)
+        return await asyncio.wrap_future(future)  # cancelling the task cancels the future, which ends its group
+
+    def _load(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self._model_path, dtype=DTYPES[self._config.dtype])
+        return model.to(self._config.device).eval()
+
+    # ------------------------------------------------------------ the generation thread
+
+    def _serve(self) -> None:
+        try:
+            while not self._closing:
+                self._run_commands(wait=not self._groups)
+                for entry in list(self._groups):
+                    self._step(*entry)
+                    self._run_commands(wait=False)
+        finally:
+            self._closing = True
+            for _, future in self._groups:
+                _settle(future, EngineDead("the engine has stopped"))
+
+    def _run_commands(self, wait: bool) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._commands.get(block=wait, timeout=IDLE_POLL_S if wait else None)
+                command()
+                wait = False
+
+    def _step(self, group: RunningGroup, future: "Future[list[Completion]]") -> None:
+        try:
+            if not future.cancelled():
+                self._generated += group.step(self._version)
+            if not future.cancelled() and not group.finished:
+                return
+        except Exception as error:
+            _settle(future, EngineError(f"{type(error).__name__}: {error}"))
+        else:
+            _settle(future, group.completions())
+        self._groups.remove((group, future))
+
+    def _apply(self, snapshot: Snapshot, future: "Future[UpdateReport]") -> None:
+        started = time.monotonic()
+        try:
+            self._copy(snapshot)
+        except ValueError as error:
+            _settle(future, UpdateFailed(f"version {snapshot.version} refused: {error}"))
+        else:
+            self._version = snapshot.version
+            _settle(future, UpdateReport(pause_s=time.monotonic() - started))
+
+    def _copy(self, snapshot: Snapshot) -> None:
+        """All is checked before anything is changed."""
+        buffer = snapshot.map()
+        wrong = first_mismatch(snapshot.manifest, buffer)
+        if wrong:
+            raise ValueError(f"tensor {wrong!r} does not match its checksum")
+        new = dict(tensors(snapshot.manifest, buffer))
+        served: dict[str, torch.Tensor] = self._model.state_dict()
+        _check_same(served, new)
+        with torch.no_grad():
+            for name, tensor in new.items():
+                served[name].copy_(tensor)
+
+
+def _check_same(served: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> None:
+    """Every weight is given, under one of its names where it is tied, in its shape."""
+    for name, tensor in new.items():
+        if name not in served:
+            raise ValueError(f"unknown tensor {name!r}")
+        if served[name].shape != tensor.shape:
+            raise ValueError(f"tensor {name!r} is {tuple(tensor.shape)}, the model's is {tuple(served[name].shape)}")
+    given = {served[name].data_ptr() for name in new}
+    missing = [name for name, tensor in served.items() if tensor.data_ptr() not in given]
+    if missing:
+        raise ValueError(f"missing tensor {missing[0]!r} (of {len(missing)} missing)")
+
+
+def _settle(future: "Future[Any]", outcome: Any) -> None:
+    with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

@@ -1,0 +1,47 @@
+"""Named tensors over a snapshot's flat buffer, without a copy."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from mmap import mmap
+
+import torch
+import xxhash
+
+from databus.messages import Manifest, TensorSpec
+
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def tensors(manifest: Manifest, buffer: mmap | memoryview) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor that views the buffer), in order. The tensors must not be written to.
+
+    Raises: ValueError for a dtype that is not served, a tensor outside the buffer, or a size that is not its shape's.
+    """
+    view = memoryview(buffer)
+    for spec in manifest.tensors:
+        yield spec.name, _tensor(spec, view)
+
+
+def first_mismatch(manifest: Manifest, buffer: mmap | memoryview) -> str:
+    """The name of the first tensor whose xxh3-64 is not the manifest's; "" where all agree."""
+    view = memoryview(buffer)
+    for spec in manifest.tensors:
+        if xxhash.xxh3_64_intdigest(view[spec.offset : spec.offset + spec.num_bytes]) != spec.xxh3:
+            return spec.name
+    return ""
+
+
+def _tensor(spec: TensorSpec, view: memoryview) -> torch.Tensor:
+    dtype = DTYPES.get(spec.dtype)
+    if dtype is None:
+        raise ValueError(f"tensor {spec.name!r} has dtype {spec.dtype!r}; allowed: {', '.join(DTYPES)}")
+    count = 1
+    for size in spec.shape:
+        count *= size
+    if spec.num_bytes != count * dtype.itemsize or spec.offset < 0 or spec.offset + spec.num_bytes > len(view):
+        raise ValueError(f"tensor {spec.name!r}: {spec.num_bytes} bytes at {spec.offset} do not hold {spec.shape}")
+    if not count:
+        return torch.empty(spec.shape, dtype=dtype)
+    with warnings.catch_warnings():  # torch warns that the buffer is read-only; we never write
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(view, dtype=dtype, count=count, offset=spec.offset).view(spec.shape)
