@@ -7,7 +7,7 @@ from torch import Tensor
 def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> Tensor:
     """Centre (and scale) rewards within each prompt group.
 
-    A = (r − mean) / (std + eps), with the sample deviation (divisor G − 1); without `scale`, A = r − mean.
+    A = (r - mean) / (std + eps), with the sample deviation (divisor G - 1); without `scale`, A = r - mean.
 
     Args: rewards: [N, G], unitless. scale: divide by the group's deviation; False is the variant without the
         difficulty bias (Dr. GRPO). eps: added to the deviation.

@@ -75,7 +75,7 @@ def _scaled_logits(
 def _grad_logits(
     hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, temperature: float, softcap: float | None
 ) -> Tensor:
-    """Gradient with respect to the raw logits: grad · (onehot(target) − softmax) / temperature, [chunk, V]."""
+    """Gradient with respect to the raw logits: grad · (onehot(target) - softmax) / temperature, [chunk, V]."""
     scaled, slope = _scaled_logits(hidden, weight, temperature, softcap)
     grad_logits = scaled.softmax(dim=-1).neg_()
     grad_logits.scatter_add_(1, targets[:, None], torch.ones_like(grad_logits[:, :1]))

@@ -16,7 +16,7 @@ class LossSums:
     tokens: their number. loss: of the per-token losses. clipped_low, clipped_high: tokens without gradient because
     their ratio left the clip range, below with A < 0 or above with A > 0. truncated: tokens whose importance weight
     was cut to the cap. k3: of the k3 estimates of KL(sampled ‖ now). weight, weight_squared: of the uncut weights
-    w = exp(now − sampled), for the effective sample size (Σw)² / (n Σw²). lag0_tokens, lag0_k3: lag 0 alone.
+    w = exp(now - sampled), for the effective sample size (Σw)² / (n Σw²). lag0_tokens, lag0_k3: lag 0 alone.
     """
 
     tokens: Tensor
@@ -45,9 +45,9 @@ def policy_loss(
     """Clipped policy-gradient loss with token-level truncated importance sampling (TIS), summed over tokens.
 
         proximal = stop_gradient(logprobs)  or  sampled        (config.proximal: current | sampled)
-        weight   = stop_gradient(min(exp(proximal − sampled), cap))
-        ratio    = exp(logprobs − proximal)
-        loss_t   = −weight · min(ratio · A, clip(ratio, 1 − clip_low, 1 + clip_high) · A)
+        weight   = stop_gradient(min(exp(proximal - sampled), cap))
+        ratio    = exp(logprobs - proximal)
+        loss_t   = -weight · min(ratio · A, clip(ratio, 1 - clip_low, 1 + clip_high) · A)
 
     With `current` the ratio is 1 in value, so nothing is clipped and the weight alone corrects for lag and for the
     mismatch between engine and learner; with `sampled` the weight is 1 and the clip bounds the distance to the
@@ -77,7 +77,7 @@ def policy_loss(
 
 
 def k3_divergence(log_ratio: Tensor) -> Tensor:
-    """Estimate r − 1 − log r of KL(p ‖ q) per token drawn from p, where log r = log q − log p. Never negative.
+    """Estimate r - 1 - log r of KL(p ‖ q) per token drawn from p, where log r = log q - log p. Never negative.
 
     Args: log_ratio: [T]. Returns: [T], nats.
     Source: Schulman 2020, "Approximating KL divergence".

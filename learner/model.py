@@ -55,8 +55,9 @@ class PolicyModel(nn.Module):
         # attention_mask stays None: only then does transformers find the packed sequences in position_ids.
         output = self.causal_lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, loss_positions)
-        weight = self.causal_lm.get_output_embeddings().weight
-        return token_logprobs(hidden, weight, targets, self.temperature, self.logprob_chunk_tokens, self.softcap)
+        return token_logprobs(
+            hidden, _head_weight(self.causal_lm), targets, self.temperature, self.logprob_chunk_tokens, self.softcap
+        )
 
 
 def build_model(model_path: str | Path, options: ModelOptions) -> PolicyModel:
@@ -77,7 +78,9 @@ def load_causal_lm(model_path: str | Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
-        raise ValueError(f"model {str(model_path)!r} cannot be loaded as a causal language model: {first_line}") from None
+        raise ValueError(
+            f"model {str(model_path)!r} cannot be loaded as a causal language model: {first_line}"
+        ) from None
 
 
 def shard(policy: PolicyModel, options: ModelOptions) -> PolicyModel:
@@ -92,12 +95,25 @@ def shard(policy: PolicyModel, options: ModelOptions) -> PolicyModel:
         if isinstance(module, FSDPModule):
             # The loss is divided by the global number of tokens: a mean over ranks would divide it once more.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     return policy
+
+
+def reshard(policy: PolicyModel) -> None:
+    """After a forward pass without a backward pass: FSDP reshards the root only in the latter, so that the root's
+    whole parameters would live on, and the next pass would use them instead of what the optimizer has made."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
 
 
 def decoder_layers(causal_lm: PreTrainedModel) -> list[nn.Module]:
     names = set(causal_lm._no_split_modules or ())
     return [module for module in causal_lm.modules() if type(module).__name__ in names]
+
+
+def _head_weight(causal_lm: PreTrainedModel) -> Tensor:
+    head: Any = causal_lm.get_output_embeddings()  # looked up each time: FSDP exchanges the parameter
+    return head.weight
 
 
 def _check_head(causal_lm: PreTrainedModel) -> None:

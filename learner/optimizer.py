@@ -36,3 +36,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float
     """Scale gradients down to a global L2 norm of `max_norm`; the norm before that, over all ranks."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def resume_schedule(scheduler: LambdaLR, step: int) -> None:
+    """Set the rate for optimizer step `step`, as if the scheduler had seen the steps before it."""
+    scheduler.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

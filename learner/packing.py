@@ -4,8 +4,9 @@ A micro-batch has rows of equal width, each holding several sequences end to end
 sequence, not one long row, because attention costs the square of a row's width.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,8 +58,7 @@ class MicroBatch:
     needs_gradient: bool
 
     def to(self, device: torch.device) -> "MicroBatch":
-        values = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.__dict__.items()}
-        return MicroBatch(**values)
+        return replace(self, **{name: v.to(device) for name, v in self.__dict__.items() if isinstance(v, Tensor)})
 
 
 def sequences_of(groups: Items[Group], scale_rewards: bool) -> list[Sequence]:
@@ -119,34 +119,34 @@ def balance(sequences: Items[Sequence], shares: int) -> list[list[Sequence]]:
 def pack_rows(sequences: Items[Sequence], max_tokens: int) -> list[list[list[Sequence]]]:
     """Micro-batches of rows of sequences, by first fit, longest first.
 
-    A micro-batch's width is its longest sequence; what finds no room in its rows waits for the next.
+    Rows are as wide as the longest sequence, until all that is left fits twice into a row: wider rows pack better,
+    narrower ones cost less attention.
     """
-    waiting = sorted(sequences, key=lambda item: -item.num_inputs)
+    waiting = sorted(sequences, key=_num_inputs)
+    width = 0
     microbatches: list[list[list[Sequence]]] = []
     while waiting:
-        width = waiting[0].num_inputs
-        rows, waiting = _fill_rows(waiting, width, max(1, max_tokens // width))
+        longest = waiting[-1].num_inputs
+        if not longest <= width < 2 * longest:
+            width = longest
+        rows: list[list[Sequence]] = []
+        while waiting and len(rows) < max(1, max_tokens // width):
+            rows.append(_take_row(waiting, width))
         microbatches.append(rows)
     return microbatches
 
 
-def _fill_rows(
-    sequences: Items[Sequence], width: int, max_rows: int
-) -> tuple[list[list[Sequence]], list[Sequence]]:
-    rows: list[list[Sequence]] = []
-    room: list[int] = []
-    left: list[Sequence] = []
-    for sequence in sequences:
-        fitting = next((i for i, free in enumerate(room) if free >= sequence.num_inputs), None)
-        if fitting is not None:
-            rows[fitting].append(sequence)
-            room[fitting] -= sequence.num_inputs
-        elif len(rows) < max_rows:
-            rows.append([sequence])
-            room.append(width - sequence.num_inputs)
-        else:
-            left.append(sequence)
-    return rows, left
+def _take_row(waiting: list[Sequence], width: int) -> list[Sequence]:
+    """Remove one row from sequences sorted by length: the longest, then again and again the longest that fits."""
+    row: list[Sequence] = []
+    while (fitting := bisect_right(waiting, width, key=_num_inputs)) > 0:
+        row.append(waiting.pop(fitting - 1))
+        width -= row[-1].num_inputs
+    return row
+
+
+def _num_inputs(sequence: Sequence) -> int:
+    return sequence.num_inputs
 
 
 def build_microbatch(rows: Items[Items[Sequence]], needs_gradient: bool) -> MicroBatch:

@@ -29,7 +29,7 @@ class Snapshot:
         start = index * self.manifest.chunk_bytes
         if index < 0 or start >= self.manifest.num_bytes:
             return None
-        return memoryview(self.data)[start : start + self.manifest.chunk_bytes]
+        return self.data.data[start : start + self.manifest.chunk_bytes]
 
 
 class Snapshotter:
@@ -61,9 +61,7 @@ class Snapshotter:
                 specs.append(self._write(data, name, whole, offset))
         if self._rank != 0:
             return None
-        manifest = Manifest(
-            version=version, num_bytes=num_bytes, chunk_bytes=self._chunk_bytes, tensors=tuple(specs)
-        )
+        manifest = Manifest(version=version, num_bytes=num_bytes, chunk_bytes=self._chunk_bytes, tensors=tuple(specs))
         return Snapshot(manifest, data)
 
     def _layout(self, parameters: list[nn.Parameter]) -> tuple[list[int], int]:

@@ -94,7 +94,7 @@ class Engine(Protocol):
         ...
 
     async def start(self) -> None:
-        """Load the model. Raises: ValueError for a setting it cannot work with; EngineDead where it does not come up."""
+        """Load the model. Raises: ValueError for a setting that cannot work; EngineDead where it does not come up."""
         ...
 
     async def generate(self, request: GenerateRequest) -> list[Completion]:

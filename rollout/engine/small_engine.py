@@ -26,6 +26,8 @@ from rollout.engine.base import (
     UpdateFailed,
     UpdateReport,
 )
+from rollout.engine.end_tokens import end_token_ids
+from rollout.engine.expected import ExpectedTensors
 from rollout.engine.small_group import RunningGroup
 from rollout.engine.tensors import DTYPES, first_mismatch, tensors
 
@@ -55,13 +57,15 @@ class SmallEngine:
 
     async def start(self) -> None:
         self._model = await asyncio.to_thread(self._load)
+        self._expected = ExpectedTensors(self._model)
+        self._end_ids = await asyncio.to_thread(end_token_ids, self._model_path)
         self._thread.start()
 
     async def generate(self, request: GenerateRequest) -> list[Completion]:
         if len(request.prompt_ids) >= self._config.context_tokens:
             raise EngineError(f"prompt of {len(request.prompt_ids)} tokens, context of {self._config.context_tokens}")
         future: Future[list[Completion]] = Future()
-        group = RunningGroup(request, self._model, self._seed, self._config.context_tokens)
+        group = RunningGroup(request, self._model, self._end_ids, self._seed, self._config.context_tokens)
         return await self._ask(lambda: self._groups.append((group, future)), future)
 
     async def update(self, snapshot: Snapshot) -> UpdateReport:
@@ -86,7 +90,7 @@ class SmallEngine:
     def _load(self) -> Any:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self._model_path, dtype=DTYPES[self._config.dtype])
+        model: Any = AutoModelForCausalLM.from_pretrained(self._model_path, dtype=DTYPES[self._config.dtype])
         return model.to(self._config.device).eval()
 
     # ------------------------------------------------------------ the generation thread
@@ -100,6 +104,7 @@ class SmallEngine:
                     self._run_commands(wait=False)
         finally:
             self._closing = True
+            self._run_commands(wait=False)  # so that no one waits for what will not come
             for _, future in self._groups:
                 _settle(future, EngineDead("the engine has stopped"))
 
@@ -128,6 +133,9 @@ class SmallEngine:
             self._copy(snapshot)
         except ValueError as error:
             _settle(future, UpdateFailed(f"version {snapshot.version} refused: {error}"))
+        except Exception as error:  # in the middle of copying, so the weights may be a mixture
+            self._closing = True
+            _settle(future, EngineDead(f"loading version {snapshot.version} failed: {error}"))
         else:
             self._version = snapshot.version
             _settle(future, UpdateReport(pause_s=time.monotonic() - started))
@@ -138,25 +146,12 @@ class SmallEngine:
         wrong = first_mismatch(snapshot.manifest, buffer)
         if wrong:
             raise ValueError(f"tensor {wrong!r} does not match its checksum")
+        self._expected.check(snapshot.manifest)
         new = dict(tensors(snapshot.manifest, buffer))
         served: dict[str, torch.Tensor] = self._model.state_dict()
-        _check_same(served, new)
         with torch.no_grad():
             for name, tensor in new.items():
                 served[name].copy_(tensor)
-
-
-def _check_same(served: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> None:
-    """Every weight is given, under one of its names where it is tied, in its shape."""
-    for name, tensor in new.items():
-        if name not in served:
-            raise ValueError(f"unknown tensor {name!r}")
-        if served[name].shape != tensor.shape:
-            raise ValueError(f"tensor {name!r} is {tuple(tensor.shape)}, the model's is {tuple(served[name].shape)}")
-    given = {served[name].data_ptr() for name in new}
-    missing = [name for name, tensor in served.items() if tensor.data_ptr() not in given]
-    if missing:
-        raise ValueError(f"missing tensor {missing[0]!r} (of {len(missing)} missing)")
 
 
 def _settle(future: "Future[Any]", outcome: Any) -> None:

@@ -16,12 +16,14 @@ class RunningGroup:
     Rows that have ended are decoded on and ignored: with a smaller batch the same row could round differently.
     """
 
-    def __init__(self, request: GenerateRequest, model: Any, seed: int, context_tokens: int) -> None:
+    def __init__(
+        self, request: GenerateRequest, model: Any, end_ids: list[int], seed: int, context_tokens: int
+    ) -> None:
         self.request = request
         self._model = model
         self._limit = min(request.sampling.max_tokens, context_tokens - len(request.prompt_ids))
-        self._end_ids = _end_ids(model)
-        self._noise_key = xxhash.xxh3_128_intdigest(f"{seed}/{request.group_id}")
+        self._end_ids = end_ids
+        self._noise_key = xxhash.xxh3_128_intdigest(f"{seed}/{request.group_id}".encode())
         self._cache: Any = None
         self._input = torch.tensor([request.prompt_ids] * request.group_size, device=model.device)
         self._tokens: list[Tensor] = []
@@ -78,10 +80,3 @@ class RunningGroup:
             uniform = np.random.Generator(bits).random(vocabulary)
             rows.append(-np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny))))
         return torch.from_numpy(np.stack(rows))
-
-
-def _end_ids(model: Any) -> list[int]:
-    end = model.generation_config.eos_token_id
-    if end is None:
-        end = model.config.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)

@@ -1,0 +1,104 @@
+"""The command line: parses arguments, then imports the one command that was asked for.
+
+Exit codes: 0 all went well, 1 the run failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+TRACEBACK_VARIABLE = "ECHELON_TRACEBACK"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage."""
+        self.exit(BAD_INPUT, f"echelon: {message} (see `{self.prog} --help`)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Whatever goes wrong is one line on stderr."""
+    args = parse(arguments)
+    try:
+        from echelon.packages import package_root
+
+        package_root()
+        return importlib.import_module(f"echelon.commands.{args.command}").execute(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `echelon watch RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        return report(error)
+
+
+def report(error: Exception) -> int:
+    """Say what went wrong; ECHELON_TRACEBACK=1 shows where, too."""
+    if os.environ.get(TRACEBACK_VARIABLE):
+        import traceback
+
+        traceback.print_exception(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, ValueError | RuntimeError | OSError):
+        text = f"{type(error).__name__}: {text} ({TRACEBACK_VARIABLE}=1 shows where)"
+    sys.stderr.write(f"echelon: {text}\n")
+    return BAD_INPUT if isinstance(error, ValueError) else FAILED
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    # argparse gives all of `overrides` to the first stretch of words; later ones come back as extra.
+    args, extra = parser.parse_known_args(arguments)
+    takes_more = args.command == "run" and not any(word.startswith("-") for word in extra)
+    if extra and not takes_more:
+        parser.error(f"unknown argument {extra[0]!r} for `echelon {args.command}`")
+    if args.command == "run":
+        args.overrides += extra
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="echelon", description="Asynchronous reinforcement learning of language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_worker(commands)
+    _add_watch(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
+    run = commands.add_parser("run", help="train: start every role of a recipe, show progress, stop all cleanly")
+    run.add_argument("recipe", metavar="RECIPE.py", help="a script with a function recipe() that returns a RunConfig")
+    run.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change: learner.lr=1e-5")
+    run.add_argument("--run-dir", metavar="DIR", help="where the run lies (default: runs/RECIPE-TIME)")
+    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --run-dir")
+
+
+def _add_worker(commands: "argparse._SubParsersAction[Parser]") -> None:
+    worker = commands.add_parser("worker", help="join a run with another rollout worker, at any time")
+    worker.add_argument("--join", required=True, metavar="DIR_OR_ADDRESS", help="the run's folder or its bus address")
+    worker.add_argument("--name", help="name of the worker, unique in the run (default: worker-HOST-PID)")
+    worker.add_argument("--recipe", metavar="PATH", help="the recipe, where it defines the reward and lies elsewhere")
+
+
+def _add_watch(commands: "argparse._SubParsersAction[Parser]") -> None:
+    watch = commands.add_parser("watch", help="show the live view of a run")
+    watch.add_argument("run_dir", metavar="RUN_DIR")
+
+
+def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
+    export = commands.add_parser("export", help="write a checkpoint as a folder that transformers and vLLM load")
+    export.add_argument("run_dir", metavar="RUN_DIR")
+    export.add_argument("out", metavar="OUT", help="a folder that is empty or does not exist")
+    export.add_argument("--step", type=int, help="the checkpoint of this step (default: the last one)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Small files that are complete or absent, and files of JSON lines that a reader may follow."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+_decoder = msgspec.json.Decoder(dict[str, Any])
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, and after a crash there is one of the two."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Complete rows of a file of JSON lines; none where there is no file. A torn last line is left out."""
+    return RowFollower(path).new_rows()
+
+
+def keep_rows_before(path: Path, step: int) -> None:
+    """Drop the rows of `step` and later: a resumed run writes them again."""
+    if path.exists():
+        kept = [row for row in read_rows(path) if row["step"] < step]
+        write_atomically(path, b"".join(msgspec.json.encode(row) + b"\n" for row in kept))
+
+
+class RowFollower:
+    """Reads a growing file of JSON lines, each row once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def new_rows(self) -> list[dict[str, Any]]:
+        """Rows that were completed since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < self._offset:  # a resumed run has cut it
+                    self._offset = 0
+                file.seek(self._offset)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        complete = content[: content.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [_decoder.decode(line) for line in complete.splitlines() if line.strip()]

@@ -1,0 +1,53 @@
+"""metrics.jsonl and samples.jsonl: a row a step, written once and flushed, so that others may follow."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+REQUIRED = (
+    "step",
+    "time_s",
+    "reward/mean",
+    "rollout/tokens_per_s",
+    "rollout/length_mean",
+    "rollout/length_max",
+    "staleness/max_versions",
+    "staleness/mean_versions",
+    "draft/accepted_per_round",
+    "draft/acceptance",
+    "learner/tokens_per_s",
+    "learner/step_s",
+    "learner/wait_s",
+    "learner/grad_norm",
+    "loss/policy",
+    "mismatch/kl",
+    "mismatch/ess",
+    "weights/sync_s",
+    "weights/sent_bytes",
+    "weights/pause_s",
+    "bus/queued_groups",
+    "ledger/trained_groups",
+    "ledger/stale_groups",
+    "ledger/filtered_groups",
+    "ledger/failed_groups",
+)
+"""What the row of every step has. Rows of evaluated versions have `EVALUATION` as well."""
+
+EVALUATION = "eval/accuracy"
+TRAINED = "loss/policy"
+"""Tells a step's row from the last one, which has only the final version's evaluation."""
+
+
+class RowWriter:
+    """Appends rows to a file of JSON lines; a reader sees whole rows once they are written."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.open("ab", buffering=0)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(msgspec.json.encode(row) + b"\n")
+
+    def close(self) -> None:
+        self._file.close()

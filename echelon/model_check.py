@@ -1,0 +1,67 @@
+"""Is the model one that can be trained and served? Looks at its configuration and tokenizer, not at its weights."""
+
+from pathlib import Path
+from typing import Any
+
+from echelon.config import RunConfig
+from echelon.errors import message_of
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    """Raises: ValueError, in one line, where there is none, or it has no chat template and one is asked for."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+    except Exception as error:  # whatever a foreign file makes the library raise
+        raise ValueError(f"the tokenizer of model={config.model} cannot be loaded: {message_of(error)}") from error
+    if config.data.chat and not tokenizer.chat_template:
+        raise ValueError(f"data.chat is true, but the tokenizer of model={config.model} has no chat template")
+    return tokenizer
+
+
+def check_model(config: RunConfig) -> int:
+    """The size of the model's vocabulary. Raises: ValueError, in one line, for a model that cannot be used."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        model = AutoConfig.from_pretrained(config.model)
+    except Exception as error:  # whatever a foreign file makes the library raise
+        raise ValueError(f"model={config.model} cannot be loaded: {message_of(error)}") from error
+    if model.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"model={config.model} is not a causal language model: its type is {model.model_type!r}")
+    _check_weights(config.model)
+    text_config = model.get_text_config()
+    _check_context(config, getattr(text_config, "max_position_embeddings", None), text_config)
+    return text_config.vocab_size
+
+
+def check_devices(config: RunConfig) -> None:
+    """Raises: ValueError where a GPU is asked for and torch sees none, or too few."""
+    import torch
+
+    for key, device in (("rollout.device", config.rollout.device), ("learner.device", config.learner.device)):
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"{key} is cuda, but torch sees no GPU here: set it to cpu, or `make setup GPU=1`")
+    num_gpus = torch.cuda.device_count()
+    if config.learner.device == "cuda" and config.learner.ranks > num_gpus:
+        raise ValueError(f"learner.ranks is {config.learner.ranks}, but there are {num_gpus} GPUs here")
+
+
+def _check_weights(model: str) -> None:
+    folder = Path(model)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in WEIGHT_PATTERNS):
+        raise ValueError(f"model={model} has no weights: expected {' or '.join(WEIGHT_PATTERNS)} in it")
+
+
+def _check_context(config: RunConfig, positions: int | None, text_config: Any) -> None:
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    scaled = rope.get("rope_type", "default") != "default"  # then the limit is another one
+    if positions is not None and not scaled and config.rollout.context_tokens > positions:
+        raise ValueError(
+            f"rollout.context_tokens is {config.rollout.context_tokens}, but model={config.model} has {positions} "
+            "positions: lower it"
+        )

@@ -1,0 +1,122 @@
+"""Child processes of the supervisor: each in a session of its own, with a log, and gone when asked."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+POLL_S = 0.05
+
+
+class Child:
+    """One role's process. A session of its own keeps the terminal's Ctrl-C from it: the supervisor decides."""
+
+    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        """Start `python -m ARGUMENTS`, appending its output to `log`.
+
+        Call it from the main thread: children ask the kernel to die with the thread that started them.
+        """
+        self.name = name
+        self.log = log
+        self.started = time.monotonic()
+        self.exited_at: float | None = None
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative: the signal that killed it."""
+        code = self._process.poll()
+        if code is not None and self.exited_at is None:
+            self.exited_at = time.time()
+        return code
+
+    def how_it_ended(self) -> str:
+        code = self.exit_code()
+        if code is not None and code < 0:
+            return f"was killed by {_signal_name(-code)}"
+        return f"ended with exit code {code}"
+
+    def terminate(self) -> None:
+        """Ask it to leave; it tells its own children."""
+        if self.exit_code() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and all of its process group, however busy."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def role_processes(self, module: str) -> list[int]:
+        """Process ids that run `python -m module`: its own, or torchrun's ranks below it."""
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            return [each.pid for each in (process, *process.children(recursive=True)) if _runs(each, module)]
+        return []
+
+
+def stop_all(children: Iterable[Child], grace_s: float) -> None:
+    """SIGTERM, then SIGKILL to the process group of whoever still runs after `grace_s`; reaps them all."""
+    running = [child for child in children if child.exit_code() is None]
+    for child in running:
+        child.terminate()
+    wait_all(running, grace_s)
+    for child in running:
+        child.kill()  # also when it has gone: one of its own may be left in the group
+    wait_all(running, grace_s)
+
+
+def wait_all(children: Iterable[Child], timeout_s: float) -> bool:
+    """Have all ended, within the time?"""
+    waiting = list(children)
+    deadline = time.monotonic() + timeout_s
+    while any(child.exit_code() is None for child in waiting):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def child_environment(root: Path, **variables: str) -> dict[str, str]:
+    """This environment, with our packages found in `root` and nowhere else; what the user has set stays."""
+    environment = dict(variables) | dict(os.environ)
+    search = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return environment | {
+        "PYTHONPATH": os.pathsep.join(search),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+def _runs(process: psutil.Process, module: str) -> bool:
+    """Only `python … -m module …`: torchrun's agent names the module, too, but runs another."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    return "-m" in words and words[words.index("-m") + 1 :][:1] == [module]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

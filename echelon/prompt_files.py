@@ -1,0 +1,62 @@
+"""Prompts as files of JSON lines, written once before a run and read by the broker.
+
+A cursor counts prompts over all epochs. The order of an epoch follows from (seed, epoch) alone, so a
+cursor means the same prompt for ever.
+"""
+
+import random
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from echelon.files import write_atomically
+
+
+class StoredPrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the file. problem: the data set's row. prompt_ids: its prompt in the model's tokens."""
+
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    problem: msgspec.Raw
+
+
+def encode_prompt(prompt: str, prompt_ids: list[int], problem: dict[str, Any]) -> bytes:
+    """One line. Raises: TypeError for a row with something that JSON has no word for."""
+    return msgspec.json.encode({"prompt": prompt, "prompt_ids": prompt_ids, "problem": problem}) + b"\n"
+
+
+def write_prompts(file: Path, lines: Iterable[bytes]) -> None:
+    write_atomically(file, b"".join(lines))
+
+
+class PromptFile:
+    """The prompts of a file, in an order drawn anew every epoch, or in the file's order."""
+
+    def __init__(self, file: Path, seed: int, shuffle: bool) -> None:
+        """Raises: ValueError where the file is missing or empty."""
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: prepare has not run")
+        self._lines = file.read_bytes().splitlines()
+        if not self._lines:
+            raise ValueError(f"{file} holds no prompts")
+        self._decoder = msgspec.json.Decoder(StoredPrompt)
+        self._seed = seed
+        self._shuffle = shuffle
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def stored(self, cursor: int) -> StoredPrompt:
+        """The prompt at a cursor; every prompt comes once in each `len(self)` cursors."""
+        epoch, place = divmod(cursor, len(self._lines))
+        index = self._order(epoch)[place] if self._shuffle else place
+        return self._decoder.decode(self._lines[index])
+
+    def _draw_order(self, epoch: int) -> list[int]:
+        order = list(range(len(self._lines)))
+        random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        return order

@@ -1,0 +1,114 @@
+"""From a recipe script and its overrides to the configuration of a run."""
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from echelon.config import RunConfig
+from echelon.overrides import apply_overrides
+from echelon.settings import to_config
+from echelon.validate import validate
+from rewards.resolve import BUILT_IN, describe, split_reference
+
+RECIPE_FILE = "recipe.py"
+"""The name of the recipe's copy in a run folder; a reward that it defines is referred to by that name."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as it was resolved: its file and the configuration, with overrides, checked."""
+
+    path: Path
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Run the script's `recipe()`, apply the overrides, check all settings, make paths absolute.
+
+    Raises: ValueError, in one line naming the file and the key.
+    """
+    file = Path(path).expanduser().resolve()
+    if file.suffix != ".py":
+        raise ValueError(f"{path} is not a recipe: expected a Python script, such as recipes/grpo_chain_sum.py")
+    if not file.is_file():
+        raise ValueError(f"no such recipe: {path}")
+    config = apply_overrides(_checked(_call_recipe(file), file), overrides)
+    config = _with_absolute_paths(config, file)
+    validate(config)
+    return Recipe(path=file, config=config)
+
+
+def _call_recipe(file: Path) -> Any:
+    module = _import(file)
+    function: Callable[[], Any] | None = getattr(module, "recipe", None)
+    if not callable(function):
+        raise ValueError(f"{file} has no function recipe(): it must return the run's RunConfig")
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{file}: recipe() failed: {describe(error, file)}") from error
+
+
+def _import(file: Path) -> ModuleType:
+    name = f"_echelon_recipe_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and the like look their module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{file} cannot be imported: {describe(error, file)}") from error
+    finally:
+        del sys.modules[name]
+    return module
+
+
+def _checked(returned: Any, file: Path) -> RunConfig:
+    """msgspec checks types and bounds only when it decodes, so what a recipe built goes round once."""
+    if not isinstance(returned, RunConfig):
+        raise ValueError(f"{file}: recipe() returned {type(returned).__name__}, expected RunConfig")
+    try:
+        values = msgspec.to_builtins(returned, enc_hook=_path_as_text)
+    except TypeError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return to_config(values, str(file))
+
+
+def _path_as_text(value: Any) -> str:
+    if isinstance(value, os.PathLike):
+        return str(os.fspath(value))
+    raise TypeError(f"a setting is a {type(value).__name__}, which no setting can be")
+
+
+def _with_absolute_paths(config: RunConfig, file: Path) -> RunConfig:
+    """What exists on this disk is named absolutely: roles, workers and `echelon export` may start elsewhere."""
+    data = msgspec.structs.replace(config.data, train=_absolute(config.data.train), eval=_absolute(config.data.eval))
+    reward = msgspec.structs.replace(config.reward, function=_reward_reference(config.reward.function, file))
+    return msgspec.structs.replace(config, model=_absolute(config.model), data=data, reward=reward)
+
+
+def _absolute(text: str) -> str:
+    path = Path(text).expanduser()
+    return str(path.resolve()) if text and path.exists() else text
+
+
+def _reward_reference(reference: str, recipe: Path) -> str:
+    """A function of the recipe is found in the run's copy of it; another file where it is, named relative to the recipe."""
+    if reference == BUILT_IN:
+        return reference
+    path, name = split_reference(reference, recipe.parent)
+    return f"{RECIPE_FILE}:{name}" if path == recipe else f"{path}:{name}"

@@ -1,0 +1,54 @@
+"""`python -m echelon.roles.prepare RUN_DIR`: check model and data, and write the run's prompts.
+
+It runs before every other role, so that bad input ends the run before anything else has started.
+"""
+
+import argparse
+import logging
+import sys
+
+from echelon.errors import role_main
+from echelon.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+ROLE = "prepare"
+
+
+def prepare(folder: RunFolder) -> None:
+    """Raises: ValueError, in one line, for the first thing that cannot work."""
+    from echelon.data import prompt_lines
+    from echelon.hub import needs_hub, use_cache_if_offline
+    from echelon.prompt_files import write_prompts
+    from echelon.rows import load_rows
+    from rewards.resolve import load_reward
+
+    config = folder.config()
+    if needs_hub(config):
+        use_cache_if_offline()
+    load_reward(config.reward.function, folder.path)
+
+    from echelon.model_check import check_devices, check_model, load_tokenizer
+
+    check_devices(config)
+    vocab_size = check_model(config)
+    tokenizer = load_tokenizer(config)
+    data = config.data
+    sources = [("data.train", data.train, data.train_split, data.max_train, folder.train_prompts)]
+    if config.eval.every > 0:
+        sources.append(("data.eval", data.eval, data.eval_split, data.max_eval, folder.eval_prompts))
+    for key, source, split, limit, file in sources:
+        rows = load_rows(key, source, split, data, limit)
+        write_prompts(file, prompt_lines(key, rows, config, tokenizer, vocab_size))
+        logger.info("%s: %d prompts from %s", key, len(rows), source)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir")
+    folder = RunFolder(parser.parse_args().run_dir)
+    return role_main(ROLE, folder.error_file(ROLE), lambda: prepare(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

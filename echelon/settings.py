@@ -1,0 +1,156 @@
+"""Every setting of a run by its dotted name, with its type and bounds: one check for recipes and overrides."""
+
+import difflib
+import math
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+from echelon.config import RunConfig
+
+Settings = dict[str, inspect.Type]
+
+
+def all_settings() -> Settings:
+    """`learner.lr` -> its type, for all settings, in the order of their definition."""
+    settings: Settings = {}
+    _collect(inspect.type_info(RunConfig), "", settings)
+    return settings
+
+
+def _collect(node: inspect.Type, name: str, settings: Settings) -> None:
+    if not isinstance(node, inspect.StructType):
+        settings[name] = node
+        return
+    for field in node.fields:
+        _collect(field.type, f"{name}.{field.name}" if name else field.name, settings)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def parse_value(text: str, node: inspect.Type) -> Any:
+    """What was written on a command line, as the setting's type. Raises: ValueError without a text."""
+    match node:
+        case inspect.BoolType():
+            return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _refuse()
+        case inspect.IntType():
+            return int(text)
+        case inspect.FloatType():
+            return float(text)
+        case inspect.TupleType(item_types=items):
+            parts = text.strip("()[] ").split(",")
+            if len(parts) != len(items):
+                raise ValueError
+            return tuple(parse_value(part.strip(), item) for part, item in zip(parts, items, strict=True))
+        case _:
+            return text
+
+
+def is_allowed(value: Any, node: inspect.Type) -> bool:
+    """Is `value` of the setting's type, and within its bounds?"""
+    match node:
+        case inspect.BoolType():
+            return isinstance(value, bool)
+        case inspect.IntType():
+            return isinstance(value, int) and not isinstance(value, bool) and _within(value, node)
+        case inspect.FloatType():
+            return isinstance(value, int | float) and not isinstance(value, bool) and _within(value, node)
+        case inspect.StrType():
+            return isinstance(value, str)
+        case inspect.LiteralType(values=values):
+            return value in values
+        case inspect.TupleType(item_types=items):
+            if not isinstance(value, list | tuple) or len(value) != len(items):
+                return False
+            return all(is_allowed(part, item) for part, item in zip(value, items, strict=True))
+    raise AssertionError(f"a setting of type {type(node).__name__}: teach echelon.settings about it")
+
+
+def describe(node: inspect.Type) -> str:
+    """What is allowed, in words."""
+    match node:
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.IntType():
+            return f"a whole number{_bounds(node)}"
+        case inspect.FloatType():
+            return f"a number{_bounds(node)}"
+        case inspect.LiteralType(values=values):
+            return " or ".join(sorted(map(str, values)))
+        case inspect.TupleType(item_types=items):
+            return f"{len(items)} values with commas between them, each {describe(items[0])}"
+    return "text"
+
+
+def unknown_setting(name: str, given: str, settings: Settings) -> ValueError:
+    """One line: what was given, the nearest name, the names that are allowed there."""
+    section, _, leaf = name.rpartition(".")
+    siblings = names_in(section, settings)
+    if not siblings:
+        section, siblings = "", names_in("", settings)
+    nearest = _nearest(name, leaf, settings)
+    hint = f"; did you mean {nearest}?" if nearest else ""
+    where = f"{section} has" if section else "allowed are"
+    return ValueError(f"unknown setting {name!r} in {given!r}{hint} ({where}: {', '.join(siblings)})")
+
+
+def names_in(section: str, settings: Settings) -> list[str]:
+    """Names directly below a section ("" for the top), sections themselves as `name.*`."""
+    prefix = f"{section}." if section else ""
+    names: dict[str, None] = {}
+    for name in settings:
+        if name.startswith(prefix):
+            head, dot, _ = name[len(prefix) :].partition(".")
+            names[f"{head}.*" if dot else head] = None
+    return list(names)
+
+
+def _nearest(name: str, leaf: str, settings: Settings) -> str | None:
+    """The same key in another section, a like one in the same section, or a like one anywhere."""
+    section = name.rpartition(".")[0]
+    leaves = {candidate.rpartition(".")[2]: candidate for candidate in settings}
+    inside = {key: found for key, found in leaves.items() if found.rpartition(".")[0] == section}
+    close = difflib.get_close_matches(leaf, inside, n=1) or difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+    return leaves[leaf] if leaf in leaves else next((leaves[key] for key in close), None)
+
+
+def _within(value: float, node: inspect.IntType | inspect.FloatType) -> bool:
+    return (
+        math.isfinite(value)
+        and (node.gt is None or value > node.gt)
+        and (node.ge is None or value >= node.ge)
+        and (node.lt is None or value < node.lt)
+        and (node.le is None or value <= node.le)
+    )
+
+
+def _bounds(node: inspect.IntType | inspect.FloatType) -> str:
+    words = (("above", node.gt), ("at least", node.ge), ("below", node.lt), ("at most", node.le))
+    bounds = [f"{word} {bound:g}" for word, bound in words if bound is not None]
+    return " " + " and ".join(bounds) if bounds else ""
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+def to_config(values: dict[str, Any], source: str) -> RunConfig:
+    """Check every value and build the configuration. Raises: ValueError naming `source` and the setting."""
+    settings = all_settings()
+    for name, value in flatten(values).items():
+        if name not in settings:
+            raise ValueError(f"{source}: {unknown_setting(name, f'{name}={value!r}', settings)}")
+        if not is_allowed(value, settings[name]):
+            raise ValueError(f"{source}: {name} is {value!r}, expected {describe(settings[name])}")
+    try:
+        return msgspec.convert(values, RunConfig)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{source}: {error}") from None

@@ -1,0 +1,91 @@
+"""Checks across settings, and of this machine: all that can be known before anything heavy is imported."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from echelon.config import RunConfig
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
+CAUSAL_LM_FILE = "config.json"
+
+
+def validate(config: RunConfig) -> None:
+    """Raises: ValueError, in one line naming the settings to change, for the first thing that cannot work."""
+    for check in (_check_lengths, _check_groups, _check_evaluation, _check_learner, _check_bus):
+        check(config)
+
+
+def check_machine(config: RunConfig) -> None:
+    """Is what the configuration names here? Raises: ValueError, in one line."""
+    _check_model(config.model)
+    for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        _check_data_source(key, source)
+    if config.rollout.engine == "vllm" and find_spec("vllm") is None:
+        raise ValueError("rollout.engine is vllm, which is not installed: run `make setup` (GPU=1 for its CUDA build)")
+
+
+def _check_lengths(config: RunConfig) -> None:
+    context = config.rollout.context_tokens
+    for key, tokens in (("rollout.max_tokens", config.rollout.max_tokens), ("eval.max_tokens", config.eval.max_tokens)):
+        if tokens >= context:
+            raise ValueError(
+                f"{key} is {tokens}, but prompt and answer share rollout.context_tokens, {context}: "
+                "lower the one or raise the other"
+            )
+
+
+def _check_groups(config: RunConfig) -> None:
+    if config.group_size > config.rollout.max_sequences:
+        raise ValueError(
+            f"group_size is {config.group_size}, but an engine runs only rollout.max_sequences="
+            f"{config.rollout.max_sequences} at once: a group is generated as a whole, so allow at least as many"
+        )
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    if config.eval.every > 0 and not config.data.eval:
+        raise ValueError(
+            f"eval.every is {config.eval.every}, but data.eval names no problems: set it, or eval.every to 0"
+        )
+
+
+def _check_learner(config: RunConfig) -> None:
+    learner = config.learner
+    if not all(0 <= beta < 1 for beta in learner.betas):
+        raise ValueError(f"learner.betas is {list(learner.betas)}: both must be at least 0 and below 1")
+
+
+def _check_bus(config: RunConfig) -> None:
+    bus = config.bus
+    if bus.peer_timeout_s < 2 * bus.heartbeat_s:
+        raise ValueError(
+            f"bus.peer_timeout_s is {bus.peer_timeout_s:g}, too short for a heartbeat every bus.heartbeat_s="
+            f"{bus.heartbeat_s:g} s: allow at least twice as long"
+        )
+
+
+def _check_model(model: str) -> None:
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if not HUB_ID.fullmatch(model):
+            raise ValueError(f"model={model}: no such folder")
+        return
+    if not folder.is_dir():
+        raise ValueError(f"model={model} is a file: name the folder that holds {CAUSAL_LM_FILE}")
+    if not (folder / CAUSAL_LM_FILE).is_file():
+        raise ValueError(f"model={model} is not a model's folder: it has no {CAUSAL_LM_FILE}")
+
+
+def _check_data_source(key: str, source: str) -> None:
+    if not source and key == "data.train":
+        raise ValueError("data.train names no problems: set it to a JSONL or Parquet file, or a hub id")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{key}={source} is a folder: name a JSONL or Parquet file in it")
+    if path.is_file():
+        if path.suffix not in DATA_SUFFIXES:
+            raise ValueError(f"{key}={source}: cannot read {path.suffix or 'such'} files; expected .jsonl or .parquet")
+    elif source and (path.suffix in DATA_SUFFIXES or not HUB_ID.fullmatch(source)):
+        raise ValueError(f"{key}={source}: no such file")

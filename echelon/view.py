@@ -1,0 +1,192 @@
+"""The live view of a run on a terminal, and plain lines where there is none."""
+
+import sys
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from echelon.metrics import EVALUATION
+from echelon.progress import Progress, Row
+from echelon.summary import duration, number, summary_table
+
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARK_STEPS = 40
+REFRESH_S = 0.25
+
+
+class PlainView:
+    """A line a step, as a log would want it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def phase(self, progress: Progress) -> None:
+        self.note(progress.phase)
+
+    def rows(self, progress: Progress, rows: list[Row]) -> None:
+        for row in rows:
+            self.note(step_line(progress, row))
+
+    def update(self, progress: Progress) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self._console.out(text)
+        self._console.file.flush()
+
+    def summary(self, progress: Progress) -> None:
+        # A pipe has no width: rich would take 80 columns and fold the paths.
+        self._console.print(summary_table(progress), width=max(120, self._console.width), crop=False)
+
+
+class LiveView:
+    """A panel that stays in place; it goes at the end, and the summary stays."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._drawn = 0.0
+
+    def start(self) -> None:
+        self._live.start()
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def phase(self, progress: Progress) -> None:
+        self._draw(progress)
+
+    def rows(self, progress: Progress, rows: list[Row]) -> None:
+        self._draw(progress)
+
+    def update(self, progress: Progress) -> None:
+        if time.monotonic() - self._drawn >= REFRESH_S:
+            self._draw(progress)
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    def summary(self, progress: Progress) -> None:
+        self._console.print(summary_table(progress))
+
+    def _draw(self, progress: Progress) -> None:
+        self._drawn = time.monotonic()
+        self._live.update(panel(progress), refresh=True)
+
+
+View = LiveView | PlainView
+"""`start`, then any of the others as often as one likes, then `stop`, then `summary`."""
+
+
+def make_view() -> View:
+    console = Console(highlight=False)
+    return LiveView(console) if console.is_terminal and sys.stdout.isatty() else PlainView(console)
+
+
+def step_line(progress: Progress, row: Row) -> str:
+    """One step, or the final evaluation, in one line."""
+    parts = [f"step {row['step']:>{len(str(progress.steps))}}/{progress.steps}"]
+    if "reward/mean" in row:
+        parts += [
+            f"reward {row['reward/mean']:.3f}",
+            f"lag ≤{row['staleness/max_versions']:.0f} (mean {row['staleness/mean_versions']:.1f})",
+            f"rollout {number(row['rollout/tokens_per_s'])} tok/s",
+            f"learner {number(row['learner/tokens_per_s'])} tok/s",
+            f"step {row['learner/step_s']:.1f} s + wait {row['learner/wait_s']:.1f} s",
+        ]
+    if EVALUATION in row:
+        parts.append(f"accuracy {row[EVALUATION]:.3f}")
+    eta = progress.eta_s()
+    if eta is not None and "reward/mean" in row and progress.steps_done < progress.steps:
+        parts.append(f"ETA {duration(eta)}")
+    return "  ".join(parts)
+
+
+def panel(progress: Progress) -> Panel:
+    """The whole view."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
+    for label, text in _facts(progress):
+        facts.add_row(label, text)
+    title = Text.assemble((progress.recipe, "bold"), "  ", (progress.run_dir, "dim"))
+    return Panel(Group(_bar(progress), facts), title=title, title_align="left", border_style="cyan", padding=(0, 1))
+
+
+def _bar(progress: Progress) -> Table:
+    eta = progress.eta_s()
+    line = Table.grid(padding=(0, 2), expand=True)
+    line.add_column(no_wrap=True)
+    line.add_column(ratio=1)
+    line.add_column(no_wrap=True, justify="right")
+    left = duration(eta) + " left" if eta is not None else f"{progress.phase} ({progress.phase_s:.0f} s)"
+    line.add_row(
+        f"step [bold]{progress.steps_done}[/]/{progress.steps}",
+        ProgressBar(total=progress.steps, completed=progress.steps_done),
+        f"{left}  [dim]{duration(progress.elapsed_s)}[/]",
+    )
+    return line
+
+
+def _facts(progress: Progress) -> list[tuple[str, str]]:
+    facts = [("phase", f"{progress.phase} ({duration(progress.phase_s)})")]
+    if progress.evaluations:
+        facts.append(("accuracy", _accuracy(progress)))
+    if progress.rows:
+        facts += _training(progress)
+    if progress.status is not None:
+        facts += _roles(progress)
+    return facts
+
+
+def _accuracy(progress: Progress) -> str:
+    (_, first), (version, last) = progress.evaluations[0], progress.evaluations[-1]
+    if len(progress.evaluations) == 1:
+        return f"[bold]{first:.3f}[/] [dim]version {version}[/]"
+    curve = sparkline([value for _, value in progress.evaluations])
+    return f"{first:.3f} → [bold]{last:.3f}[/] {curve} [dim]version {version}[/]"
+
+
+def _training(progress: Progress) -> list[tuple[str, str]]:
+    rewards = [row["reward/mean"] for row in progress.rows]
+    rollout, learner = progress.recent("rollout/tokens_per_s"), progress.recent("learner/tokens_per_s")
+    lag, wait = progress.lag(), progress.wait_share()
+    assert rollout is not None and learner is not None and lag is not None
+    waits = f"waits {wait:.0%} of its time" if wait is not None else ""
+    return [
+        ("reward", f"[bold]{rewards[-1]:.3f}[/] {sparkline(rewards[-SPARK_STEPS:])}"),
+        ("lag", f"at most {lag[0]}, mean {lag[1]:.2f} [dim]bound {progress.max_staleness}[/]"),
+        ("rollout", f"{number(rollout)} tok/s"),
+        ("learner", f"{number(learner)} tok/s, {waits}"),
+    ]
+
+
+def _roles(progress: Progress) -> list[tuple[str, str]]:
+    status = progress.status
+    assert status is not None
+    counts = "  ".join(f"{name} {status.counts.get(name, 0)}" for name in ("trained", "stale", "filtered", "failed"))
+    workers = ", ".join(f"{worker.name} v{worker.version}" for worker in status.workers) or "no worker yet"
+    learner = f"learner v{status.version}" if status.learner_ready else "no learner yet"
+    return [
+        ("versions", f"{learner}, {workers}"),
+        ("groups", f"{counts}  [dim]queued {status.queued_groups}, running {status.running_groups}[/]"),
+    ]
+
+
+def sparkline(values: list[float]) -> str:
+    """A bar a value, between their smallest and largest."""
+    low, high = min(values), max(values)
+    if high == low:
+        return SPARKS[0] * len(values)
+    return "".join(SPARKS[round((value - low) / (high - low) * (len(SPARKS) - 1))] for value in values)

@@ -1,0 +1,98 @@
+"""The learner's end of the bus: what the trainer needs of a connection, and waiting for one answer."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from msgspec import Struct
+
+from databus.codec import Frame
+from databus.messages import Refused, Stop
+
+Reply = TypeVar("Reply", bound=Struct)
+
+POLL_S = 1.0
+RESEND_S = 30.0
+
+
+class Bus(Protocol):
+    """A connection to the broker; it says hello, and its heartbeats are its own business."""
+
+    def send(self, message: Any) -> None: ...
+
+    def recv(self, timeout: float) -> tuple[Any, Sequence[Frame]] | None:
+        """The next message with its frames; None if none came within `timeout` seconds."""
+        ...
+
+
+class RunStoppedError(Exception):
+    """The broker ended the run; `ok` where nothing had failed."""
+
+    def __init__(self, reason: str, ok: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.ok = ok
+
+
+def nothing() -> None:
+    """What there is to do while waiting, by default."""
+
+
+class BrokerLink:
+    """Questions to the broker over a `Bus`, one at a time."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._stopped = False
+
+    def send(self, message: Struct) -> None:
+        self._bus.send(message)
+
+    def request(
+        self,
+        question: Struct,
+        reply_type: type[Reply],
+        wanted: Callable[[Reply], bool],
+        timeout_s: float,
+        *,
+        while_waiting: Callable[[], None] = nothing,
+        through_stop: bool = False,
+    ) -> tuple[Reply, Sequence[Frame]]:
+        """Ask and wait for the answer; ask again every `RESEND_S`, should the broker have restarted.
+
+        Answers to earlier questions and other messages are passed over. `while_waiting` is called about every
+        `POLL_S`. With `through_stop`, a good end of the run that is announced meanwhile is noted and waiting goes on.
+        Raises: RunStoppedError; RuntimeError if the broker refuses, or does not answer within `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        resend_at = 0.0
+        while (now := time.monotonic()) < deadline:
+            if now >= resend_at:
+                self._bus.send(question)
+                resend_at = now + RESEND_S
+            received = self._receive(min(POLL_S, deadline - now), through_stop)
+            if received is None:
+                while_waiting()
+            elif isinstance(received[0], reply_type) and wanted(received[0]):
+                return received
+        raise RuntimeError(f"no {reply_type.__name__} from the broker within {timeout_s:.0f} s of asking {question}")
+
+    def wait_for_stop(self, timeout_s: float) -> None:
+        """Raises: RunStoppedError if something failed; RuntimeError if the run does not end within `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not self._stopped:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise RuntimeError(f"the broker did not end the run within {timeout_s:.0f} s of its last step")
+            self._receive(min(POLL_S, left), through_stop=True)
+
+    def _receive(self, timeout: float, through_stop: bool) -> tuple[Any, Sequence[Frame]] | None:
+        received = self._bus.recv(timeout)
+        match received:
+            case (Stop(reason=reason, ok=ok), _):
+                if not (ok and through_stop):
+                    raise RunStoppedError(reason, ok)
+                self._stopped = True
+            case (Refused(reason=reason), _):
+                raise RuntimeError(f"the broker refused the learner: {reason}")
+        return received

@@ -1,0 +1,147 @@
+"""Folders of checkpoints: a folder a step, complete or absent.
+
+    checkpoints/step-000020/   a distributed checkpoint (DCP) and trainer.json, which lists and hashes its files
+
+A checkpoint is written as step-000020.tmp and renamed when everything is on the disk.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+import xxhash
+from msgspec import Struct
+
+from databus.messages import Position
+
+TRAINER_FILE = "trainer.json"
+TEMPORARY = ".tmp"
+HASH_BLOCK_BYTES = 1 << 22
+
+_name = re.compile(r"step-(\d{6,})")
+
+
+class FileRecord(Struct, frozen=True, kw_only=True):
+    name: str
+    num_bytes: int
+    xxh3: int
+
+
+class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """trainer.json. step: optimizer steps taken, so also the policy version. position: the broker's, at that step.
+    world_size: ranks that wrote it; any number may read it. files: what the folder holds besides this file."""
+
+    step: int
+    model: str
+    world_size: int
+    position: Position | None
+    files: tuple[FileRecord, ...] = ()
+
+
+def checkpoint_path(checkpoints_dir: Path, step: int) -> Path:
+    return checkpoints_dir / f"step-{step:06d}"
+
+
+def temporary_path(checkpoints_dir: Path, step: int) -> Path:
+    return checkpoints_dir / f"step-{step:06d}{TEMPORARY}"
+
+
+def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. An unfinished one bears another name."""
+    if not checkpoints_dir.is_dir():
+        return []
+    steps = {int(match[1]): path for path in checkpoints_dir.iterdir() if (match := _name.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps) if (steps[step] / TRAINER_FILE).is_file()]
+
+
+def latest_checkpoint(checkpoints_dir: Path) -> Path | None:
+    return next(reversed(list_checkpoints(checkpoints_dir)), None)
+
+
+def read_trainer_state(checkpoint: Path) -> TrainerState:
+    """Raises: ValueError, in one line, where there is no complete checkpoint."""
+    try:
+        return msgspec.json.decode((checkpoint / TRAINER_FILE).read_bytes(), type=TrainerState)
+    except FileNotFoundError:
+        raise ValueError(f"no complete checkpoint at {checkpoint}: it has no {TRAINER_FILE}") from None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {TRAINER_FILE}: {error}") from None
+
+
+def verify_files(checkpoint: Path, state: TrainerState) -> None:
+    """Raises: ValueError naming the first file that is missing or not as it was written."""
+    for record in state.files:
+        path = checkpoint / record.name
+        if not path.is_file() or path.stat().st_size != record.num_bytes:
+            raise ValueError(f"checkpoint {checkpoint} is damaged: {record.name} is missing or has another size")
+        if _hash(path) != record.xxh3:
+            raise ValueError(f"checkpoint {checkpoint} is damaged: the contents of {record.name} have changed")
+
+
+def start_checkpoint(checkpoints_dir: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into; what a killed run left unfinished goes."""
+    _clear_unfinished(checkpoints_dir)
+    temporary = temporary_path(checkpoints_dir, step)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def finish_checkpoint(checkpoints_dir: Path, state: TrainerState, keep: int) -> Path:
+    """Complete what `start_checkpoint` began: trainer.json, fsync, rename; keep only the newest `keep`."""
+    temporary, final = temporary_path(checkpoints_dir, state.step), checkpoint_path(checkpoints_dir, state.step)
+    _write_trainer_file(temporary, state)
+    _replace(temporary, final)
+    _prune(checkpoints_dir, keep)
+    return final
+
+
+def _write_trainer_file(folder: Path, state: TrainerState) -> None:
+    records = [
+        FileRecord(name=path.name, num_bytes=path.stat().st_size, xxh3=_hash(path)) for path in sorted(folder.iterdir())
+    ]
+    content = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(state, files=tuple(records))))
+    with (folder / TRAINER_FILE).open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Put the finished folder in its place; one of the same step, from a history given up, makes room."""
+    if final.exists():
+        final.rename(final.with_name(f"{final.name}.old{TEMPORARY}"))
+    temporary.rename(final)
+    _sync_folder(final.parent)
+    _clear_unfinished(final.parent)
+
+
+def _prune(checkpoints_dir: Path, keep: int) -> None:
+    for old in list_checkpoints(checkpoints_dir)[:-keep]:
+        # Renamed first: a kill during the deletion must not leave half a checkpoint under a good name.
+        doomed = old.with_name(old.name + TEMPORARY)
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _clear_unfinished(checkpoints_dir: Path) -> None:
+    for path in checkpoints_dir.glob(f"step-*{TEMPORARY}"):
+        shutil.rmtree(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(path: Path) -> int:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.intdigest()

@@ -1,0 +1,155 @@
+"""Entry of the learner: one call a rank, from settings to the end of the run."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+
+from learner.batch import BatchFeed
+from learner.bus import BrokerLink, Bus, RunStoppedError
+from learner.checkpoint import load_checkpoint
+from learner.checkpoint_folder import read_trainer_state
+from learner.config import LearnerConfig
+from learner.model import ModelOptions, build_model
+from learner.optimizer import build_optimizer, resume_schedule
+from learner.snapshot import Snapshotter
+from learner.train_step import TrainStep
+from learner.trainer import FirstRank, Trainer
+from learner.weights_out import WeightServer
+
+logger = logging.getLogger(__name__)
+
+MIN_KEPT_VERSIONS = 2
+
+
+class ClosableBus(Bus, Protocol):
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerRun:
+    """What the learner needs to know of a run beside its own settings.
+
+    model: folder or hub id. serving_dtype, temperature: of the rollout workers. bus_address: where the broker
+    listens; it decides where the weight server listens. resume_from: a checkpoint folder. batch_timeout_s: how
+    long to wait for one batch. end_timeout_s: how long after the last step the broker may take to end the run.
+    collective_timeout_s: how long a rank waits for the others.
+    """
+
+    model: str
+    serving_dtype: Literal["float32", "bfloat16"]
+    temperature: float
+    max_staleness: int
+    seed: int
+    checkpoints_dir: Path
+    bus_address: str
+    resume_from: Path | None = None
+    batch_timeout_s: float = 3600.0
+    end_timeout_s: float = 3600.0
+    collective_timeout_s: float = 600.0
+
+
+def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[int], ClosableBus]) -> None:
+    """Train until the last step and serve weights until the broker ends the run. Returns when it ended well.
+
+    Rank and world size come from torchrun's environment; without it there is one rank.
+    Args: bus_factory: connects to the broker; its argument is the version that the learner starts from. Called on
+        rank 0 only.
+    Raises: ValueError for what a user wrote (model, checkpoint, number of steps); RuntimeError for the rest.
+    """
+    start_step = _start_step(config, run)
+    _set_up_torch(config, run.seed)
+    try:
+        with process_group(config.device, run.collective_timeout_s), ExitStack() as stack:
+            first_rank = None
+            if dist.get_rank() == 0:
+                first_rank = _connect(run, bus_factory, start_step, stack)
+            trainer = _build(config, run, start_step, first_rank)
+            trainer.run()
+            trainer.serve_until_stopped(run.end_timeout_s)
+    except RunStoppedError as stop:
+        if not stop.ok:
+            raise RuntimeError(f"the run failed: {stop.reason}") from None
+        logger.info("stopped: %s", stop.reason)
+
+
+@contextmanager
+def process_group(device: str, timeout_s: float) -> Iterator[None]:
+    """gloo on CPU; beside it nccl where the model is on GPUs."""
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _start_step(config: LearnerConfig, run: LearnerRun) -> int:
+    if run.resume_from is None:
+        return 0
+    step = read_trainer_state(run.resume_from).step
+    if step > config.steps:
+        raise ValueError(
+            f"learner.steps is {config.steps}, but {run.resume_from} has taken {step}: allowed is {step} or more"
+        )
+    return step
+
+
+def _set_up_torch(config: LearnerConfig, seed: int) -> None:
+    torch.manual_seed(seed)
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # The engine has cores of its own; a second thread here would take time from it and give none.
+        torch.set_num_threads(1)
+
+
+def _connect(
+    run: LearnerRun, bus_factory: Callable[[int], ClosableBus], start_step: int, stack: ExitStack
+) -> FirstRank:
+    bus = bus_factory(start_step)
+    stack.callback(bus.close)
+    weights = WeightServer(run.bus_address, keep=max(MIN_KEPT_VERSIONS, run.max_staleness + 2))
+    stack.callback(weights.close)
+    return FirstRank(broker=BrokerLink(bus), weights=weights)
+
+
+def _build(config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: FirstRank | None) -> Trainer:
+    options = ModelOptions(
+        device=config.device,
+        dtype=config.dtype,
+        temperature=run.temperature,
+        logprob_chunk_tokens=config.logprob_chunk_tokens,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    policy = build_model(run.model, options)
+    optimizer, scheduler = build_optimizer(policy.parameters(), config)
+    if run.resume_from is not None:
+        load_checkpoint(run.resume_from, policy.causal_lm, optimizer)
+        resume_schedule(scheduler, start_step)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    broker = None if first_rank is None else first_rank.broker
+    return Trainer(
+        config=config,
+        model=run.model,
+        start_step=start_step,
+        checkpoints_dir=run.checkpoints_dir,
+        world_size=world_size,
+        policy=policy,
+        train_step=TrainStep(policy, optimizer, scheduler, config),
+        feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
+        snapshotter=Snapshotter(policy.causal_lm, run.serving_dtype, rank),
+        first_rank=first_rank,
+    )

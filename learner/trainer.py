@@ -1,0 +1,114 @@
+"""The learner's loop: batch, step, publish, report, checkpoint."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from databus.messages import Position, PositionRequest, StepDone, VersionPublished
+from learner.batch import BatchFeed
+from learner.bus import BrokerLink
+from learner.checkpoint import save_checkpoint
+from learner.checkpoint_folder import TrainerState
+from learner.config import LearnerConfig
+from learner.model import PolicyModel
+from learner.snapshot import Snapshotter
+from learner.train_step import TrainStep
+from learner.weights_out import WeightServer
+
+logger = logging.getLogger(__name__)
+
+POSITION_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstRank:
+    """What only rank 0 has: the connection to the broker, and the weight server."""
+
+    broker: BrokerLink
+    weights: WeightServer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Startup is `run_learner`'s; this is the main loop, the same code on every rank.
+
+    start_step: steps taken before this run began. model: id of the model, for the checkpoint.
+    """
+
+    config: LearnerConfig
+    model: str
+    start_step: int
+    checkpoints_dir: Path
+    world_size: int
+    policy: PolicyModel
+    train_step: TrainStep
+    feed: BatchFeed
+    snapshotter: Snapshotter
+    first_rank: FirstRank | None
+
+    def run(self) -> None:
+        """Raises: RunStoppedError; RuntimeError."""
+        self._publish(self.start_step)
+        for step in range(self.start_step, self.config.steps):
+            self._run_step(step)
+            if self._checkpoint_due(step + 1):
+                self._save(step + 1)
+
+    def serve_until_stopped(self, timeout_s: float) -> None:
+        """The last version is still to be evaluated: serve it until the broker ends the run."""
+        if self.first_rank is not None:
+            self.first_rank.broker.wait_for_stop(timeout_s)
+
+    def _run_step(self, step: int) -> None:
+        asked = time.perf_counter()
+        groups = self.feed.groups(step)
+        got = time.perf_counter()
+        metrics = self.train_step(groups, step)
+        trained = time.perf_counter()
+        # Weights before metrics: workers wait for the former, nobody for the latter.
+        self._publish(step + 1)
+        metrics["learner/wait_s"] = got - asked
+        metrics["learner/step_s"] = trained - got
+        metrics["learner/tokens_per_s"] = metrics["learner/num_tokens"] / (trained - got)
+        metrics["learner/publish_s"] = time.perf_counter() - trained
+        if self.first_rank is not None:
+            self.first_rank.broker.send(StepDone(step=step, metrics=metrics))
+            logger.info("step %d: %.0f tokens in %.2f s", step, metrics["learner/num_tokens"], trained - got)
+
+    def _publish(self, version: int) -> None:
+        snapshot = self.snapshotter.take(version)
+        if self.first_rank is None or snapshot is None:
+            return
+        weights = self.first_rank.weights
+        weights.publish(snapshot)
+        self.first_rank.broker.send(
+            VersionPublished(version=version, address=weights.address, num_bytes=snapshot.manifest.num_bytes)
+        )
+
+    def _checkpoint_due(self, steps_done: int) -> bool:
+        every = self.config.checkpoint_every
+        return steps_done == self.config.steps or (every > 0 and steps_done % every == 0)
+
+    def _save(self, steps_done: int) -> None:
+        state = TrainerState(
+            step=steps_done, model=self.model, world_size=self.world_size, position=self._position(steps_done)
+        )
+        optimizer = self.train_step.optimizer
+        path = save_checkpoint(
+            self.checkpoints_dir, state, self.policy.causal_lm, optimizer, self.config.keep_checkpoints
+        )
+        logger.info("checkpoint %s", path)
+
+    def _position(self, steps_done: int) -> Position | None:
+        """Where the data stands; only rank 0 needs it, which writes it down."""
+        if self.first_rank is None:
+            return None
+        position, _ = self.first_rank.broker.request(
+            PositionRequest(step=steps_done),
+            Position,
+            lambda position: position.step == steps_done,
+            POSITION_TIMEOUT_S,
+            through_stop=True,  # after the last step the broker may end the run before it reads the question
+        )
+        return position

@@ -1,0 +1,225 @@
+"""vLLM behind the `Engine` protocol. Written against vLLM 0.32.0.
+
+In-flight updates. Requests that have a token keep their KV cache across an update (policy `keep`). Requests that
+have none yet are submitted anew, and the prefix cache is keyed by version. So the KV cache that a completion
+starts from is always of the version that sampled its first token, and a completion whose tokens all carry one
+version was computed with that version's weights alone.
+"""
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from rollout.config import RolloutConfig
+from rollout.engine.base import (
+    Completion,
+    EngineDead,
+    EngineError,
+    EngineStats,
+    GenerateRequest,
+    Snapshot,
+    UpdateFailed,
+    UpdateReport,
+)
+from rollout.engine.end_tokens import end_token_ids
+from rollout.engine.expected import ExpectedTensors
+from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 10.0
+CORE_NAME = "EngineCore"
+
+T = TypeVar("T")
+
+
+class VllmEngine:
+    """One AsyncLLM. Every completion of a group is a request of its own, `group_id:s0` and so on."""
+
+    def __init__(self, config: RolloutConfig, model: str, seed: int, version: int) -> None:
+        self._config = config
+        self._model = model
+        self._seed = seed
+        self._version = version
+        self._llm: Any = None
+        self._open = asyncio.Event()  # closed while weights are being loaded
+        self._without_token: set[str] = set()
+        self._running = 0
+        self._generated = 0
+        # The kernel ends a child that asked for it when the *thread* that made it ends: this one stays.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-start")
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    async def start(self) -> None:
+        set_environment(self._config, self._model)
+        loop = asyncio.get_running_loop()
+        try:
+            self._llm = await asyncio.wait_for(
+                loop.run_in_executor(self._starter, self._build), self._config.start_timeout_s
+            )
+        except TimeoutError:
+            raise EngineDead(f"vLLM did not start within {self._config.start_timeout_s:g} s") from None
+        except (ValueError, OSError) as error:
+            raise ValueError(f"vLLM cannot serve {self._model!r}: {_first_line(error)}") from error
+        except RuntimeError as error:
+            raise EngineDead(f"vLLM did not start: {_first_line(error)}") from error
+        await self._call(self._llm.collective_rpc("echelon_die_with_parent"))
+        await self._call(self._llm.update_weight_version(str(self._version)))
+        self._open.set()
+
+    async def generate(self, request: GenerateRequest) -> list[Completion]:
+        tasks = [asyncio.ensure_future(self._complete(request, index)) for index in range(request.group_size)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def update(self, snapshot: Snapshot) -> UpdateReport:
+        try:
+            self._expected.check(snapshot.manifest)
+        except ValueError as error:
+            raise UpdateFailed(f"version {snapshot.version} refused: {error}") from None
+        self._open.clear()
+        started = time.monotonic()
+        try:
+            await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
+            await self._call(self._llm.abort(sorted(self._without_token)))
+            await self._load(snapshot)
+        finally:
+            with contextlib.suppress(EngineDead):  # the first cause is on its way
+                await self._call(self._llm.resume_generation())
+            self._open.set()
+        return UpdateReport(pause_s=time.monotonic() - started)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running_sequences=self._running, generated_tokens=self._generated)
+
+    async def close(self) -> None:
+        if self._llm is not None:
+            self._llm.shutdown(timeout=STOP_TIMEOUT_S)
+            self._llm = None  # or its finalizer runs when the interpreter has half gone
+        await asyncio.to_thread(_end_cores)
+        self._starter.shutdown(wait=False)
+
+    def _build(self) -> Any:
+        check_installed(self._config.device)
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._expected = ExpectedTensors.of(self._model)
+        self._sampling_fields = {
+            "stop_token_ids": end_token_ids(self._model),
+            "logprobs": 0,  # the sampled token's alone
+            "flat_logprobs": True,
+            "detokenize": False,
+            # Two outputs a request: one at its first token, so that we know it has begun, and the last.
+            "output_kind": RequestOutputKind.CUMULATIVE,
+            "stream_interval": self._config.context_tokens + 1,
+        }
+        self._sampling_type = SamplingParams
+        self._tokens_input = tokens_input
+        return AsyncLLM.from_engine_args(engine_arguments(self._config, self._model, self._seed))
+
+    async def _complete(self, request: GenerateRequest, index: int) -> Completion:
+        room = self._config.context_tokens - len(request.prompt_ids)
+        if room < 1:
+            raise EngineError(f"prompt of {len(request.prompt_ids)} tokens, context of {self._config.context_tokens}")
+        sampling = self._sampling_type(
+            max_tokens=min(request.sampling.max_tokens, room),
+            temperature=request.sampling.temperature,
+            **self._sampling_fields,
+        )
+        self._running += 1
+        try:
+            while True:
+                await self._open.wait()
+                output = await self._submit(request, f"{request.group_id}:s{index}", sampling)
+                if output.finish_reason != "abort":  # by `update`: it had no token yet
+                    break
+        finally:
+            self._running -= 1
+        self._generated += len(output.token_ids)
+        return _completion(output)
+
+    async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any) -> Any:
+        # The salt keeps the prefix cache of one version apart from every other's.
+        prompt = self._tokens_input(list(request.prompt_ids), cache_salt=f"version {self._version}")
+        final: Any = None
+        self._without_token.add(request_id)
+        try:
+            async for output in self._llm.generate(prompt, sampling, request_id):
+                self._without_token.discard(request_id)
+                final = output.outputs[0]
+        except Exception as error:
+            raise self._translate(error) from error
+        finally:
+            self._without_token.discard(request_id)
+        return final
+
+    async def _load(self, snapshot: Snapshot) -> None:
+        path = f"/proc/{os.getpid()}/fd/{snapshot.fd}"
+        arguments = (msgspec.msgpack.encode(snapshot.manifest), path)
+        errors = await self._call(self._llm.collective_rpc("echelon_apply_snapshot", args=arguments))
+        refused = next((error for error in errors if error), "")
+        if refused:
+            raise UpdateFailed(f"version {snapshot.version} refused: {refused}")
+        await self._call(self._llm.update_weight_version(str(snapshot.version)))
+        self._version = snapshot.version
+
+    async def _call(self, call: Awaitable[T]) -> T:
+        """A call to the engine core that must succeed: without its answer nobody knows what is being served."""
+        try:
+            return await asyncio.wait_for(call, CALL_TIMEOUT_S)
+        except TimeoutError:
+            raise EngineDead(f"vLLM did not answer within {CALL_TIMEOUT_S:g} s") from None
+        except Exception as error:
+            raise EngineDead(f"vLLM failed: {_first_line(error)}") from error
+
+    def _translate(self, error: Exception) -> EngineError:
+        if self._llm.errored:
+            return EngineDead("vLLM's engine process has died; see this role's log")
+        return EngineError(f"vLLM refused a request: {_first_line(error)}")
+
+
+def _completion(output: Any) -> Completion:
+    token_ids = np.array(output.token_ids, np.int32)
+    versions = np.full(len(token_ids), -1, np.int32)
+    for span in output.weight_versions or ():
+        versions[span.start : span.end] = int(span.version)
+    logprobs = np.array(output.logprobs.logprobs, np.float32)
+    if (versions < 0).any() or len(logprobs) != len(token_ids):
+        raise EngineError("vLLM gave tokens without a version or a log-probability")
+    return Completion(
+        token_ids=token_ids, logprobs=logprobs, versions=versions, truncated=output.finish_reason == "length"
+    )
+
+
+def _end_cores() -> None:
+    """End the engine core, answering or not; its own workers end with it."""
+    cores = [child for child in multiprocessing.active_children() if child.name.startswith(CORE_NAME)]
+    for core in cores:
+        core.kill()
+    for core in cores:
+        core.join(CLOSE_TIMEOUT_S)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

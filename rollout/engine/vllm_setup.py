@@ -1,0 +1,65 @@
+"""How vLLM is told what to be: its environment and its arguments. Written against vLLM 0.32.0."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from rollout.config import RolloutConfig
+
+WORKER_MODULE = "rollout.engine.vllm_worker"
+
+
+def set_environment(config: RolloutConfig, model: str) -> None:
+    """vLLM reads its settings from the environment, some of them while it is imported. What the user set stays."""
+    settings = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(max(1, int(config.start_timeout_s))),
+        # this process has threads of its own by then, which a fork would leave behind holding locks
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if config.device == "cpu":
+        settings["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
+    if Path(model).is_dir():
+        settings["HF_HUB_OFFLINE"] = "1"
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def check_installed(device: str) -> None:
+    """Raises: ValueError, one line, where there is no vLLM or one that was built for another device."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("rollout.engine=vllm, but vLLM is not installed: run `make setup` (GPU: `make setup GPU=1`)")
+    from vllm.platforms import current_platform
+
+    built_for = current_platform.device_type or "no device of this machine"
+    if built_for != device:
+        raise ValueError(
+            f"rollout.device={device}, but the installed vLLM runs on {built_for}: "
+            f"set rollout.device or run `make setup{' GPU=1' if device == 'cuda' else ''}`"
+        )
+
+
+def engine_arguments(config: RolloutConfig, model: str, seed: int) -> Any:
+    """vLLM's `AsyncEngineArgs`."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    executor = "TiedMultiprocExecutor" if config.device == "cpu" else "TiedUniProcExecutor"
+    return AsyncEngineArgs(
+        model=model,
+        dtype=config.dtype,
+        seed=seed,
+        max_model_len=config.context_tokens,
+        max_num_seqs=config.max_sequences,
+        enforce_eager=config.enforce_eager,
+        gpu_memory_utilization=config.gpu_memory_fraction,
+        logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
+        skip_tokenizer_init=True,  # token ids in, token ids out
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+        distributed_executor_backend=f"{WORKER_MODULE}.{executor}",
+        worker_extension_cls=f"{WORKER_MODULE}.SnapshotLoader",
+    )

@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from learner_script import make_groups
+
+from databus.groups import Group
+from learner.packing import MicroBatch, Sequence, balance, pack_rows, plan_microbatches, sequences_of
+
+
+def make_sequence(num_inputs: int, advantage: float = 1.0, mark: int = 0) -> Sequence:
+    return Sequence(
+        token_ids=np.full(num_inputs + 1, mark, np.int64),
+        targets=np.array([num_inputs]),
+        logprobs=np.array([-1.0], np.float32),
+        versions=np.array([0]),
+        advantage=advantage,
+    )
+
+
+def test_sequences_by_hand() -> None:
+    group = Group(
+        prompt_ids=np.array([5, 6], np.int32),
+        lengths=np.array([3, 0, 2], np.int32),
+        token_ids=np.array([7, 8, 9, 10, 11], np.int32),
+        logprobs=np.array([-1, -2, -3, -4, -5], np.float32),
+        loss_mask=np.array([1, 0, 1, 0, 0], np.uint8),
+        version_values=np.array([3, 4], np.int32),
+        version_lengths=np.array([2, 3], np.int32),
+        rewards=np.array([1, 0, 0.5], np.float32),
+        reward_parts=np.zeros((3, 0), np.float32),
+        truncated=np.zeros(3, np.uint8),
+    )
+    # The second completion is empty, the third bears no loss; but their rewards count in the mean, 0.5.
+    (sequence,) = sequences_of([group], scale_rewards=False)
+    assert sequence.token_ids.tolist() == [5, 6, 7, 8, 9]
+    assert sequence.targets.tolist() == [2, 4]
+    assert sequence.logprobs.tolist() == [-1, -3]
+    assert sequence.versions.tolist() == [3, 4]
+    assert sequence.advantage == 0.5
+
+
+def test_microbatch_by_hand() -> None:
+    first = Sequence(np.array([1, 2, 3, 4]), np.array([2, 3]), np.array([-1, -2], np.float32), np.array([6, 7]), 0.5)
+    second = Sequence(np.array([8, 9]), np.array([1]), np.array([-3], np.float32), np.array([7]), -1.0)
+    third = Sequence(np.array([5, 6, 7]), np.array([2]), np.array([-4], np.float32), np.array([7]), 2.0)
+    (microbatch,) = plan_microbatches([first, second, third], rank=0, world_size=1, max_tokens=100)
+    # Widest first: rows [first], [third, second]; each row 3 wide, no room lost.
+    assert microbatch.input_ids.tolist() == [[1, 2, 3], [5, 6, 8]]
+    assert microbatch.position_ids.tolist() == [[0, 1, 2], [0, 1, 0]]
+    assert microbatch.loss_positions.tolist() == [1, 2, 4, 5]
+    assert microbatch.targets.tolist() == [3, 4, 7, 9]
+    assert microbatch.sampled.tolist() == [-1, -2, -4, -3]
+    assert microbatch.advantages.tolist() == [0.5, 0.5, 2.0, -1.0]
+    assert microbatch.versions.tolist() == [6, 7, 7, 7]
+    assert (microbatch.num_tokens, microbatch.needs_gradient) == (6, True)
+
+
+def test_padding_goes_on_with_the_positions_before_it() -> None:
+    (rows,) = pack_rows([make_sequence(5), make_sequence(3), make_sequence(4)], max_tokens=20)
+    assert [[sequence.num_inputs for sequence in row] for row in rows] == [[5], [4], [3]]
+    (microbatch,) = plan_microbatches([make_sequence(5), make_sequence(3)], 0, 1, 20)
+    assert microbatch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+
+
+sequence_lists = st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.0, 1.0])), max_size=60)
+
+
+@settings(max_examples=60)
+@given(sequence_lists, st.integers(1, 4), st.integers(1, 200))
+def test_every_token_is_packed_once_and_ranks_match(
+    sizes: list[tuple[int, float]], world_size: int, max_tokens: int
+) -> None:
+    sequences = [make_sequence(size, advantage, mark) for mark, (size, advantage) in enumerate(sizes)]
+    plans = [plan_microbatches(sequences, rank, world_size, max_tokens) for rank in range(world_size)]
+
+    assert len({tuple(microbatch.needs_gradient for microbatch in plan) for plan in plans}) == 1
+    assert plans[0][0].needs_gradient
+    longest = max((size for size, _ in sizes), default=1)
+    packed = [microbatch for plan in plans for microbatch in plan]
+    assert all(microbatch.input_ids.numel() <= max(max_tokens, longest) for microbatch in packed)
+    assert sum(microbatch.num_tokens for microbatch in packed) == sum(size for size, _ in sizes)
+    assert sorted(mark for microbatch in packed for mark in microbatch.targets.tolist()) == list(range(len(sizes)))
+    for microbatch in packed:
+        needed = microbatch.advantages != 0
+        assert needed.all() if microbatch.needs_gradient else not needed.any()
+
+
+def test_plan_is_deterministic() -> None:
+    sequences = sequences_of(make_groups(0), scale_rewards=True)
+    for ours, theirs in zip(*[plan_microbatches(sequences, 1, 2, 64) for _ in range(2)], strict=True):
+        assert torch.equal(ours.input_ids, theirs.input_ids)
+        assert torch.equal(ours.loss_positions, theirs.loss_positions)
+
+
+def test_shares_are_balanced() -> None:
+    rng = np.random.default_rng(0)
+    sequences = [make_sequence(int(size)) for size in rng.integers(10, 100, 256)]
+    loads = [sum(sequence.num_inputs for sequence in share) for share in balance(sequences, 4)]
+    assert max(loads) - min(loads) <= 10  # no more than the shortest sequence
+
+
+def test_little_padding() -> None:
+    rng = np.random.default_rng(0)
+    sequences = [make_sequence(int(size)) for size in rng.integers(10, 100, 256)]
+    microbatches = plan_microbatches(sequences, 0, 1, 4096)
+    positions = sum(microbatch.input_ids.numel() for microbatch in microbatches)
+    assert positions <= 1.05 * sum(sequence.num_inputs for sequence in sequences)
+
+
+def test_nothing_to_train_still_gives_a_step() -> None:
+    (microbatch,) = plan_microbatches([], rank=0, world_size=1, max_tokens=100)
+    assert isinstance(microbatch, MicroBatch)
+    assert microbatch.needs_gradient
+    assert (microbatch.num_tokens, len(microbatch.targets)) == (0, 0)
+
+
+def test_group_of_one_is_refused() -> None:
+    group = make_groups(0)[0]
+    single = Group(**(group.columns() | {"lengths": group.lengths[:1], "rewards": group.rewards[:1]}))
+    with pytest.raises(ValueError, match="G >= 2"):
+        sequences_of([single], scale_rewards=True)

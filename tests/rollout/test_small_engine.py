@@ -1,0 +1,181 @@
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from databus.messages import Sampling
+from rollout.config import RolloutConfig
+from rollout.engine.base import Completion, Engine, EngineDead, EngineError, GenerateRequest, UpdateFailed
+from rollout.engine.factory import make_engine
+
+CONFIG = RolloutConfig(engine="small", context_tokens=200)
+PROMPT = (6, 13, 8, 14)
+
+
+@asynccontextmanager
+async def engine(model: Path, version: int = 0, **settings: Any) -> AsyncIterator[Engine]:
+    engine = make_engine(msgspec.structs.replace(CONFIG, **settings), str(model), seed=1, version=version)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def request(group_id: str = "a", size: int = 4, tokens: int = 24, temperature: float = 1.0) -> GenerateRequest:
+    sampling = Sampling(max_tokens=tokens, temperature=temperature)
+    return GenerateRequest(group_id=group_id, prompt_ids=PROMPT, group_size=size, sampling=sampling)
+
+
+def run(scenario: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(scenario, 60))
+
+
+def same(left: list[Completion], right: list[Completion]) -> bool:
+    return all(
+        np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.logprobs, b.logprobs)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_results_do_not_depend_on_concurrency(tiny_model: Path) -> None:
+    async def alone() -> list[list[Completion]]:
+        async with engine(tiny_model) as small:
+            return [await small.generate(request(name)) for name in "abc"]
+
+    async def together() -> list[list[Completion]]:
+        async with engine(tiny_model) as small:
+            others = [small.generate(request(f"x{index}", size=3)) for index in range(3)]
+            return (await asyncio.gather(*[small.generate(request(name)) for name in "cba"], *others))[2::-1]
+
+    first, second = run(alone()), run(together())
+    assert all(same(left, right) for left, right in zip(first, second, strict=True))
+    assert not same(first[0], first[1]), "groups draw noise of their own"
+    assert len({tuple(completion.token_ids) for completion in first[0]}) > 1, "so do samples"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logprobs_are_those_of_the_sampling_distribution(
+    tiny_model: Path, tiny_weights: dict, reference: Callable, temperature: float
+) -> None:
+    async def scenario() -> list[Completion]:
+        async with engine(tiny_model) as small:
+            return await small.generate(request(temperature=temperature, tokens=60, size=8))
+
+    completions = run(scenario())
+    for completion in completions:
+        expected = reference(tiny_weights, PROMPT, completion, temperature)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-5)
+        assert completion.truncated == (completion.token_ids[-1] != 2)
+        assert (completion.token_ids[:-1] != 2).all()
+    if temperature == 0.0:
+        assert all(same([completions[0]], [completion]) for completion in completions)
+
+
+def test_update_in_flight_switches_at_a_token(
+    tiny_model: Path, tiny_weights: dict, other_weights: Callable, make_snapshot: Callable, reference: Callable
+) -> None:
+    new = other_weights(1)
+
+    async def scenario() -> tuple[list[Completion], list[Completion], float]:
+        async with engine(tiny_model, version=3, context_tokens=10_000) as small:
+            flying = asyncio.ensure_future(small.generate(request(size=32, tokens=150)))
+            while small.stats().generated_tokens < 100:
+                await asyncio.sleep(0.001)
+            snapshot = make_snapshot(new, 4)
+            report = await small.update(snapshot)
+            snapshot.close()
+            assert small.version == 4
+            return await flying, await small.generate(request("b")), report.pause_s
+
+    flying, later, pause_s = run(scenario())
+    assert pause_s > 0
+    long = max(flying, key=lambda completion: len(completion.token_ids))
+    switch = int((long.versions == 3).sum())
+    assert 0 < switch < len(long.versions)
+    for completion in flying:
+        assert (completion.versions[:switch] == 3).all()
+        assert (completion.versions[switch:] == 4).all()
+        expected = reference(tiny_weights, PROMPT, completion, 1.0)
+        np.testing.assert_allclose(completion.logprobs[:switch], expected[:switch], atol=1e-5)
+    after = reference(tiny_weights, PROMPT, long, 1.0)[switch:]
+    assert np.abs(after - long.logprobs[switch:]).max() > 1e-3, "the new weights are in use"
+    for completion in later:
+        assert (completion.versions == 4).all()
+        np.testing.assert_allclose(completion.logprobs, reference(new, PROMPT, completion, 1.0), atol=1e-5)
+
+
+def test_bad_snapshots_change_nothing(tiny_model: Path, other_weights: Callable, make_snapshot: Callable) -> None:
+    good = other_weights(1)
+    names = list(good)
+    cases: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({name: good[name] for name in names[:-1]}, r"'.*' is missing \(1 in all\)"),
+        (good | {"extra": torch.zeros(1)}, "unknown tensor 'extra'"),
+        (good | {names[-1]: torch.zeros(3)}, r"is \(3,\), the model's is"),
+        (good | {names[0]: good[names[0]].double()}, "has dtype 'float64'"),
+    ]
+
+    async def scenario() -> None:
+        async with engine(tiny_model) as small:
+            before = await small.generate(request())
+            for weights, says in cases:
+                with pytest.raises(UpdateFailed, match=says):
+                    await small.update(make_snapshot(weights, 1))
+            snapshot = make_snapshot(good, 1)
+            import os
+
+            os.pwrite(snapshot.fd, b"\x55", 1000)
+            with pytest.raises(UpdateFailed, match="does not match its checksum"):
+                await small.update(snapshot)
+            assert small.version == 0
+            assert same(before, await small.generate(request()))
+            await small.update(make_snapshot(good, 1))
+            assert not same(before, await small.generate(request()))
+
+    run(scenario())
+
+
+def test_cancelling_ends_a_group(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with engine(tiny_model, context_tokens=100_000) as small:
+            endless = asyncio.ensure_future(small.generate(request("endless", size=64, tokens=90_000)))
+            while not small.stats().generated_tokens:
+                await asyncio.sleep(0.001)
+            assert small.stats().running_sequences == 64
+            endless.cancel()
+            await small.generate(request())
+            assert small.stats().running_sequences == 0
+
+    run(scenario())
+
+
+def test_errors(tiny_model: Path) -> None:
+    async def scenario() -> None:
+        async with engine(tiny_model, context_tokens=4) as small:
+            with pytest.raises(EngineError, match="prompt of 4 tokens, context of 4"):
+                await small.generate(request())
+            too_large = replace(request(), prompt_ids=(1000,))
+            with pytest.raises(EngineError, match="IndexError"):
+                await small.generate(too_large)
+            assert len(await small.generate(replace(request(), prompt_ids=(6,)))) == 4
+        with pytest.raises(EngineDead):
+            await small.generate(request())
+
+    run(scenario())
+
+
+def test_context_bounds_the_completion(tiny_model: Path) -> None:
+    async def scenario() -> list[Completion]:
+        async with engine(tiny_model, context_tokens=6) as small:
+            return await small.generate(request(size=16, tokens=50))
+
+    completions = run(scenario())
+    assert max(len(completion.token_ids) for completion in completions) == 2
+    assert any(completion.truncated for completion in completions)
