@@ -49,5 +49,6 @@ class BrokerConfig(Struct, frozen=True, kw_only=True):
     eval_timeout_s: float
     max_reward_failures: int
     bus: BusConfig
+    eval_threshold: float = 1.0
     config_json: bytes = b""
     run_dir: str = ""

@@ -48,7 +48,7 @@ def report(error: Exception) -> int:
     if not isinstance(error, ValueError | RuntimeError | OSError):
         text = f"{type(error).__name__}: {text} ({TRACEBACK_VARIABLE}=1 shows where)"
     sys.stderr.write(f"echelon: {text}\n")
-    return BAD_INPUT if isinstance(error, ValueError) else FAILED
+    return getattr(error, "exit_code", BAD_INPUT if isinstance(error, ValueError) else FAILED)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -54,7 +54,11 @@ def check_template(key: str, template: str, row: dict[str, Any]) -> None:
 
 
 def _fill(key: str, template: str, number: int, row: dict[str, Any]) -> str:
-    text = template.format_map(row)
+    try:
+        text = template.format_map(row)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"data.prompt={template!r} does not fit row {number} of {key}: {reason}") from None
     if not text.strip():
         raise ValueError(f"{key}: row {number} gives an empty prompt")
     return text

@@ -26,6 +26,10 @@ EXIT_CODES: dict[Kind, int] = {"user": 2, "runtime": 1, "consequence": 1}
 SIGTERM_CODE = 128 + signal.SIGTERM
 
 
+class FollowsAnother(RuntimeError):
+    """This role ends because another one has; that one may say why."""
+
+
 class ErrorReport(msgspec.Struct, frozen=True, kw_only=True):
     """time: seconds since the epoch. message: one line for a person."""
 

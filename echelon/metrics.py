@@ -1,10 +1,13 @@
 """metrics.jsonl and samples.jsonl: a row a step, written once and flushed, so that others may follow."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+
+from databus.prompts import SampledGroup
 
 REQUIRED = (
     "step",
@@ -38,6 +41,27 @@ REQUIRED = (
 EVALUATION = "eval/accuracy"
 TRAINED = "loss/policy"
 """Tells a step's row from the last one, which has only the final version's evaluation."""
+
+
+def sample_rows(step: int, groups: Sequence[SampledGroup]) -> list[dict[str, Any]]:
+    """Of each group the completion with the highest reward and the one with the lowest, for people to read."""
+    rows: list[dict[str, Any]] = []
+    for prompt, group in groups:
+        starts = np.concatenate(([0], np.cumsum(group.lengths)))
+        versions = group.token_versions()
+        for index in dict.fromkeys((int(group.rewards.argmax()), int(group.rewards.argmin()))):
+            tokens = slice(int(starts[index]), int(starts[index + 1]))
+            rows.append(
+                {
+                    "step": step,
+                    "prompt": prompt,
+                    "token_ids": group.token_ids[tokens].tolist(),
+                    "reward": float(group.rewards[index]),
+                    "truncated": bool(group.truncated[index]),
+                    "versions": sorted(set(versions[tokens].tolist())),
+                }
+            )
+    return rows
 
 
 class RowWriter:

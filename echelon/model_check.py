@@ -17,6 +17,9 @@ def load_tokenizer(config: RunConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
     except Exception as error:  # whatever a foreign file makes the library raise
         raise ValueError(f"the tokenizer of model={config.model} cannot be loaded: {message_of(error)}") from error
+    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_tokens)):
+        # transformers 5 makes an empty tokenizer where it finds no files of one.
+        raise ValueError(f"model={config.model} has no tokenizer: expected tokenizer.json or the like beside it")
     if config.data.chat and not tokenizer.chat_template:
         raise ValueError(f"data.chat is true, but the tokenizer of model={config.model} has no chat template")
     return tokenizer

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 
 POLL_S = 0.05
+REPORT_BYTES = 4096
 
 
 class Child:
@@ -48,9 +50,12 @@ class Child:
         return code
 
     def how_it_ended(self) -> str:
-        code = self.exit_code()
-        if code is not None and code < 0:
-            return f"was killed by {_signal_name(-code)}"
+        """`was killed by SIGKILL`: the signal that ended it, or one of torchrun's ranks, else the exit code."""
+        code = self.exit_code() or 0
+        killed_by = -code if code < 0 else _signal_of_a_rank(self.log)
+        if killed_by:
+            hint = " (out of memory, perhaps)" if killed_by == signal.SIGKILL else ""
+            return f"was killed by {_signal_name(killed_by)}{hint}"
         return f"ended with exit code {code}"
 
     def terminate(self) -> None:
@@ -94,9 +99,9 @@ def wait_all(children: Iterable[Child], timeout_s: float) -> bool:
     return True
 
 
-def child_environment(root: Path, **variables: str) -> dict[str, str]:
-    """This environment, with our packages found in `root` and nowhere else; what the user has set stays."""
-    environment = dict(variables) | dict(os.environ)
+def child_environment(root: Path, defaults: Mapping[str, str]) -> dict[str, str]:
+    """This environment, with our packages found in `root` and nowhere else. What the user has set beats `defaults`."""
+    environment = dict(defaults) | dict(os.environ)
     search = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     return environment | {
         "PYTHONPATH": os.pathsep.join(search),
@@ -113,6 +118,15 @@ def _runs(process: psutil.Process, module: str) -> bool:
     except psutil.Error:
         return False
     return "-m" in words and words[words.index("-m") + 1 :][:1] == [module]
+
+
+def _signal_of_a_rank(log: Path) -> int | None:
+    """torchrun's agent survives its ranks and exits with 1; its report says `exitcode  : -9 (pid: 123)`."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - REPORT_BYTES))
+        found = re.findall(rb"exitcode\s*:\s*-(\d+)", file.read())
+        return int(found[0]) if found else None
+    return None
 
 
 def _signal_name(number: int) -> str:

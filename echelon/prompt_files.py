@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from databus.prompts import Prompt
 from echelon.files import write_atomically
 
 
@@ -50,11 +51,12 @@ class PromptFile:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def stored(self, cursor: int) -> StoredPrompt:
+    def get(self, cursor: int) -> Prompt:
         """The prompt at a cursor; every prompt comes once in each `len(self)` cursors."""
         epoch, place = divmod(cursor, len(self._lines))
         index = self._order(epoch)[place] if self._shuffle else place
-        return self._decoder.decode(self._lines[index])
+        stored = self._decoder.decode(self._lines[index])
+        return Prompt(prompt=stored.prompt, prompt_ids=stored.prompt_ids, problem=bytes(stored.problem))
 
     def _draw_order(self, epoch: int) -> list[int]:
         order = list(range(len(self._lines)))

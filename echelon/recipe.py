@@ -107,7 +107,7 @@ def _absolute(text: str) -> str:
 
 
 def _reward_reference(reference: str, recipe: Path) -> str:
-    """A function of the recipe is found in the run's copy of it; another file where it is, named relative to the recipe."""
+    """The recipe's own functions are found in the run's copy of it, others where they lie beside the recipe."""
     if reference == BUILT_IN:
         return reference
     path, name = split_reference(reference, recipe.parent)

@@ -1,6 +1,7 @@
 """The folder of a run: every path in it, its lock, and whether a run may use it.
 
-config.json  recipe.py  run.json  lock  bus.json  prompts/  checkpoints/  metrics.jsonl  samples.jsonl  logs/
+config.json  recipe.py  run.json  lock  bus.json  prompts/  tokenizer/
+checkpoints/  metrics.jsonl  samples.jsonl  logs/
 """
 
 import fcntl
@@ -50,6 +51,7 @@ class RunFolder:
         self.prompts = self.path / "prompts"
         self.train_prompts = self.prompts / "train.jsonl"
         self.eval_prompts = self.prompts / "eval.jsonl"
+        self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples_file = self.path / "samples.jsonl"
@@ -107,6 +109,20 @@ class RunFolder:
             yield
         finally:
             os.close(descriptor)
+
+    def is_in_use(self) -> bool:
+        """Does a process hold the folder? Tells by a lock of its own, shared, that it lets go of at once."""
+        try:
+            descriptor = os.open(self.lock_file, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
 
     def claim(self, recipe: Recipe, resume: bool) -> RunRecord:
         """Make this the folder of a run of `recipe`, or go on with the run that it holds; call it under the lock.

@@ -81,11 +81,13 @@ def _check_model(model: str) -> None:
 def _check_data_source(key: str, source: str) -> None:
     if not source and key == "data.train":
         raise ValueError("data.train names no problems: set it to a JSONL or Parquet file, or a hub id")
+    if not source:
+        return
     path = Path(source).expanduser()
     if path.is_dir():
         raise ValueError(f"{key}={source} is a folder: name a JSONL or Parquet file in it")
     if path.is_file():
         if path.suffix not in DATA_SUFFIXES:
             raise ValueError(f"{key}={source}: cannot read {path.suffix or 'such'} files; expected .jsonl or .parquet")
-    elif source and (path.suffix in DATA_SUFFIXES or not HUB_ID.fullmatch(source)):
+    elif path.suffix in DATA_SUFFIXES or not HUB_ID.fullmatch(source):
         raise ValueError(f"{key}={source}: no such file")

@@ -1,6 +1,5 @@
 """Advantages of a group's completions from their rewards."""
 
-import torch
 from torch import Tensor
 
 
@@ -17,10 +16,9 @@ def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> 
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [N, G] with G >= 2, got shape {tuple(rewards.shape)}")
-    # float64: the mean of equal float32 rewards need not equal them, and a tiny residue over eps is not zero.
+    # float64: the float32 mean of equal rewards need not equal them, and a tiny residue over eps is not zero.
     rewards64 = rewards.double()
     advantages = rewards64 - rewards64.mean(dim=1, keepdim=True)
     if scale:
         advantages = advantages / (rewards64.std(dim=1, keepdim=True) + eps)
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    return torch.where(equal, 0.0, advantages).float()
+    return advantages.float()

@@ -33,6 +33,7 @@ def prepare(folder: RunFolder) -> None:
     check_devices(config)
     vocab_size = check_model(config)
     tokenizer = load_tokenizer(config)
+    tokenizer.save_pretrained(folder.tokenizer)  # for those who show text and must stay light
     data = config.data
     sources = [("data.train", data.train, data.train_split, data.max_train, folder.train_prompts)]
     if config.eval.every > 0:

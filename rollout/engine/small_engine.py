@@ -116,16 +116,16 @@ class SmallEngine:
                 wait = False
 
     def _step(self, group: RunningGroup, future: "Future[list[Completion]]") -> None:
+        outcome: list[Completion] | EngineError | None = None
         try:
             if not future.cancelled():
                 self._generated += group.step(self._version)
-            if not future.cancelled() and not group.finished:
-                return
+                outcome = group.completions() if group.finished else None
         except Exception as error:
-            _settle(future, EngineError(f"{type(error).__name__}: {error}"))
-        else:
-            _settle(future, group.completions())
-        self._groups.remove((group, future))
+            outcome = EngineError(f"{type(error).__name__}: {error}")
+        if outcome is not None or future.cancelled():
+            self._groups.remove((group, future))
+            _settle(future, outcome)
 
     def _apply(self, snapshot: Snapshot, future: "Future[UpdateReport]") -> None:
         started = time.monotonic()

@@ -32,7 +32,7 @@ from rollout.engine.base import (
 )
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
-from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment
+from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment, tied_engine_cores
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,9 @@ class VllmEngine:
         }
         self._sampling_type = SamplingParams
         self._tokens_input = tokens_input
-        return AsyncLLM.from_engine_args(engine_arguments(self._config, self._model, self._seed))
+        arguments = engine_arguments(self._config, self._model, self._seed)
+        with tied_engine_cores():
+            return AsyncLLM.from_engine_args(arguments)
 
     async def _complete(self, request: GenerateRequest, index: int) -> Completion:
         room = self._config.context_tokens - len(request.prompt_ids)

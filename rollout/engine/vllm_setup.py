@@ -2,12 +2,14 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rollout.config import RolloutConfig
 
-WORKER_MODULE = "rollout.engine.vllm_worker"
+WORKER_EXTENSION = "rollout.engine.vllm_worker.SnapshotLoader"
 
 
 def set_environment(config: RolloutConfig, model: str) -> None:
@@ -47,7 +49,6 @@ def engine_arguments(config: RolloutConfig, model: str, seed: int) -> Any:
     """vLLM's `AsyncEngineArgs`."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    executor = "TiedMultiprocExecutor" if config.device == "cpu" else "TiedUniProcExecutor"
     return AsyncEngineArgs(
         model=model,
         dtype=config.dtype,
@@ -60,6 +61,20 @@ def engine_arguments(config: RolloutConfig, model: str, seed: int) -> Any:
         skip_tokenizer_init=True,  # token ids in, token ids out
         enable_prefix_caching=True,
         disable_log_stats=True,
-        distributed_executor_backend=f"{WORKER_MODULE}.{executor}",
-        worker_extension_cls=f"{WORKER_MODULE}.SnapshotLoader",
+        worker_extension_cls=WORKER_EXTENSION,
     )
+
+
+@contextmanager
+def tied_engine_cores() -> Iterator[None]:
+    """Engine cores started inside die with this process; vLLM has no setting for it."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    from rollout.engine.vllm_worker import run_tied_engine_core
+
+    original = EngineCoreProc.run_engine_core
+    EngineCoreProc.run_engine_core = staticmethod(run_tied_engine_core)
+    try:
+        yield
+    finally:
+        EngineCoreProc.run_engine_core = staticmethod(original)

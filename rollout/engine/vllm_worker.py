@@ -1,7 +1,4 @@
-"""What of ours runs inside vLLM's own processes. Written against vLLM 0.32.0.
-
-vLLM imports this module by name, in the engine-core process (the executors) and in its worker (`SnapshotLoader`).
-"""
+"""What of ours runs inside vLLM's own processes. Written against vLLM 0.32.0."""
 
 import mmap
 import multiprocessing
@@ -9,8 +6,9 @@ import os
 from typing import Any
 
 import msgspec
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor
-from vllm.v1.executor.uniproc_executor import UniProcExecutor
+import torch
+from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+from vllm.v1.engine.core import EngineCoreProc
 
 from databus.messages import Manifest
 from databus.process import die_with_parent
@@ -18,29 +16,18 @@ from rollout.engine.tensors import first_mismatch, tensors
 
 ROLLED_BACK = "rolled back"
 
+_run_engine_core = EngineCoreProc.run_engine_core
 
-def _tie_life_to_parent() -> None:
-    """The engine core ends with the rollout worker, even one killed while the core was still starting."""
+
+def run_tied_engine_core(*args: Any, **kwargs: Any) -> None:
+    """vLLM's entry point of the engine core, which then ends with the rollout worker that started it.
+
+    By itself a core outlives a killed parent: for minutes while it starts, for ever once it serves.
+    """
     die_with_parent()
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
-        os._exit(1)
-
-
-class TiedMultiprocExecutor(MultiprocExecutor):
-    """vLLM's executor for the CPU, where each worker is a process of its own; it watches us through a pipe."""
-
-    def _init_executor(self) -> None:
-        _tie_life_to_parent()
-        super()._init_executor()
-
-
-class TiedUniProcExecutor(UniProcExecutor):
-    """vLLM's executor for a single GPU: the worker lives in the engine-core process."""
-
-    def _init_executor(self) -> None:
-        _tie_life_to_parent()
-        super()._init_executor()
+    if parent is None or os.getppid() == parent.pid:
+        _run_engine_core(*args, **kwargs)
 
 
 class SnapshotLoader:
@@ -70,17 +57,45 @@ class SnapshotLoader:
         except OSError as error:
             return f"snapshot cannot be read: {error}"
         try:
-            self.model_runner.reload_weights(weights_iterator=tensors(manifest, buffer))
+            self._echelon_reload((manifest, buffer))
         except Exception as error:
-            self._echelon_roll_back()
+            _put_layers_back(self.model_runner.get_model())
+            self._echelon_reload(getattr(self, "_echelon_served", None))
             return f"{ROLLED_BACK}: {type(error).__name__}: {error}"
         self._echelon_served = (manifest, buffer)
         return ""
 
-    def _echelon_roll_back(self) -> None:
-        """Prepacked CPU weights cannot be read back: what is served is kept as it came; at first, on disk."""
-        served = getattr(self, "_echelon_served", None)
-        self.model_runner.reload_weights(weights_iterator=tensors(*served) if served else None)
+    def _echelon_reload(self, source: tuple[Manifest, mmap.mmap] | None) -> None:
+        """Load a snapshot; None: what lies on disk, which is what is served before the first one.
+
+        CPU weights are prepacked and cannot be read back, so a snapshot is kept as it came for as long as it is served.
+        """
+        self.model_runner.reload_weights(weights_iterator=tensors(*source) if source else None)
+        _repack_kept_weights(self.model_runner.get_model())
+
+
+def _repack_kept_weights(model: torch.nn.Module) -> None:
+    """vLLM 0.32.0 on the CPU reloads an embedding but leaves a tied output layer with the old weights.
+
+    oneDNN multiplies by a packed copy, made from the weight that both share; reloading packs only layers that
+    appear in the checkpoint, and the output layer does not. Layers whose weight is kept are packed here.
+    """
+    for layer in model.modules():
+        weight = getattr(layer, "weight", None)
+        if hasattr(layer, "cpu_linear") and weight is not None and weight.ndim == 2 and weight.numel():
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def _put_layers_back(model: torch.nn.Module) -> None:
+    """Undo what a failed reload of vLLM 0.32.0 left: layers on the meta device, with half of their weights queued.
+
+    Reloading again would go on with that queue. The tensors put back may be old or new: all are loaded next.
+    """
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():
+            _place_kernel_tensors(layer, info)
+            info.reset()
 
 
 def _map(path: str, num_bytes: int) -> mmap.mmap:

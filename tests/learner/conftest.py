@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
     """Runs learner_script.py as torchrun would, one process a rank, and fails the test if a rank fails."""
     return _run_ranks

@@ -1,6 +1,6 @@
 """A scripted broker with synthetic batches, and a learner process that trains on them.
 
-    learner_script.py MODEL CHECKPOINTS METRICS_OUT STEPS [key=value of LearnerConfig ...]
+    learner_script.py MODEL CHECKPOINTS METRICS_OUT RESUME_FROM_OR_- [key=value of LearnerConfig ...]
 
 Shared by the learner's tests; as a program it is one rank of a torchrun job.
 """
@@ -116,9 +116,9 @@ def train(model: Path | str, checkpoints: Path, config: LearnerConfig, **changes
 
 
 def main(arguments: Sequence[str]) -> None:
-    model, checkpoints, metrics_out, *settings = arguments
+    model, checkpoints, metrics_out, resume_from, *settings = arguments
     config = msgspec.convert(dict(pair.split("=", 1) for pair in settings), LearnerConfig, strict=False)
-    bus = train(model, Path(checkpoints), config)
+    bus = train(model, Path(checkpoints), config, resume_from=None if resume_from == "-" else Path(resume_from))
     if bus.sent:  # rank 0
         Path(metrics_out).write_text(json.dumps(bus.metrics()))
 

@@ -7,7 +7,7 @@ from learner.advantages import group_advantages
 
 
 def test_hand_computed() -> None:
-    # Group 1: mean 0.5, squared deviations 4 * 0.25 = 1, sample variance 1/3, std 0.57735: A = ±0.5/0.57735 = ±0.866025.
+    # Group 1: mean 0.5, squared deviations 4 * 0.25 = 1, sample variance 1/3, A = ±0.5/0.57735 = ±0.866025.
     # Group 2: mean 1, deviations (-1, 0, 0, 1), variance 2/3, std 0.816497: A = ±1.224745 and 0.
     rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 2.0]])
     expected = torch.tensor([[-0.866025, 0.866025, 0.866025, -0.866025], [-1.224745, 0.0, 0.0, 1.224745]])

@@ -48,7 +48,7 @@ def test_staleness_bound(versions: list[int], mask: list[int], allowed: bool) ->
     if allowed:
         check_staleness(groups, step=10, max_staleness=2)
     else:
-        with pytest.raises(StalenessViolation, match="batch 10 has tokens with lags .*, allowed are 0 to 2"):
+        with pytest.raises(StalenessViolation, match=r"batch 10 has tokens with lags .*, allowed are 0 to 2"):
             check_staleness(groups, step=10, max_staleness=2)
 
 

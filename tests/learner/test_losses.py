@@ -37,7 +37,7 @@ def test_current_by_hand() -> None:
 
 
 def test_sampled_by_hand() -> None:
-    # ratios 1.5 (A=1: clipped to 1.28), 0.5 (A=-2: clipped to 0.8, min(-1, -1.6) = -1.6), 0.5 (A=1: min(0.5, 0.8) = 0.5),
+    # ratios 1.5 (A=1: clipped to 1.28), 0.5 (A=-2: clipped to 0.8, min(-1, -1.6) = -1.6), 0.5 (A=1: min(0.5, 0.8)),
     # 1.5 (A=-1: min(-1.5, -1.28) = -1.5). loss = -(1.28 - 1.6 + 0.5 - 1.5) = 1.32.
     # No gradient where the clip holds; elsewhere d loss / d logprob = -ratio * A.
     loss, sums, grad = loss_of([1.5, 0.5, 0.5, 1.5], [1.0, -2.0, 1.0, -1.0], SAMPLED)
@@ -92,9 +92,10 @@ def test_agrees_with_a_naive_implementation(config: LossConfig) -> None:
     rng = np.random.default_rng(0)
     logprobs, sampled = -rng.uniform(0.05, 4.0, (2, 500))
     advantages = rng.normal(size=500)
-    tensors = [torch.tensor(values, dtype=torch.float64) for values in (logprobs, sampled, advantages)]
     everything = torch.ones(500, dtype=torch.bool)
-    loss, _ = policy_loss(*tensors, everything, torch.zeros(500, dtype=torch.int64), config)
+    lags = torch.zeros(500, dtype=torch.int64)
+    now, then, advantage = (torch.from_numpy(values) for values in (logprobs, sampled, advantages))
+    loss, _ = policy_loss(now, then, advantage, everything, lags, config)
     assert loss.item() == pytest.approx(naive_loss(logprobs.tolist(), sampled.tolist(), advantages.tolist(), config))
 
 

@@ -1,0 +1,230 @@
+"""The broker: the only shared state of a run. One thread, one socket, no torch.
+
+startup ──▶ receive · answer · tick, until all steps are trained ──▶ tell everyone to stop, wait for goodbyes
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+
+from databus.codec import Frame, MalformedMessage
+from databus.config import BrokerConfig
+from databus.lease_desk import LeaseDesk
+from databus.messages import (
+    BatchRequest,
+    Completed,
+    Credits,
+    Failed,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Position,
+    PositionRequest,
+    Refused,
+    Released,
+    Status,
+    StatusRequest,
+    StepDone,
+    Stop,
+    ToBroker,
+    VersionApplied,
+    VersionPublished,
+    Welcome,
+)
+from databus.peers import Peer, may_send
+from databus.prompts import GroupFilter, MetricsSink, Prompt, PromptSource
+from databus.run_state import RunFailed, new_state
+from databus.step_desk import StepDesk
+from databus.transport import BrokerSocket, Received
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.2
+MAX_MESSAGES_A_TICK = 256
+GOODBYE_TIMEOUT_S = 60.0
+
+
+class Broker:
+    """Leases prompts, takes scored groups, cuts batches under the staleness bound, knows who runs which version."""
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        prompts: PromptSource,
+        evals: Sequence[Prompt],
+        sink: MetricsSink,
+        position: Position | None = None,
+        filters: Sequence[GroupFilter] = (),
+    ) -> None:
+        """Binds the socket. Raises: ValueError, one line, where it cannot listen on `config.address`."""
+        self._socket = BrokerSocket(config.address, config.bus.max_message_bytes)
+        self.address = self._socket.address
+        self.refused = 0
+        self._config = config
+        self._state = new_state(config, prompts, evals, filters, self._socket.send, position)
+        self._leases = LeaseDesk(self._state)
+        self._steps = StepDesk(self._state, sink)
+        self._phase = "starting"
+        self._error = ""
+
+    def run(self) -> None:
+        """Serve until the last step is trained and evaluated. Raises: RunFailed with the first cause."""
+        stop = Stop(reason="all steps are done")
+        try:
+            while not self._steps.finished():
+                self._turn()
+            self._phase = "finished"
+        except Exception as error:
+            self._phase, self._error = "failed", str(error)
+            stop = Stop(reason=str(error), ok=False)
+            raise
+        finally:
+            self._say_stop(stop)
+            self._socket.close()
+
+    # ------------------------------------------------------------ the loop
+
+    def _turn(self) -> None:
+        self._receive(TICK_S)
+        now = time.monotonic()
+        for peer in self._state.peers.silent(now):
+            self._lost(peer, f"not heard for {self._config.bus.peer_timeout_s:g} s")
+        self._leases.tick(now)
+        self._steps.tick(now)
+        self._leases.announce()
+        self._leases.lease_all()
+        self._steps.cut()
+        self._update_phase()
+
+    def _receive(self, timeout_s: float) -> None:
+        received = self._socket.receive(timeout_s)
+        for _ in range(MAX_MESSAGES_A_TICK):
+            if received is None:
+                return
+            self._take(received)
+            received = self._socket.receive(0)
+        if received is not None:
+            self._take(received)
+
+    def _take(self, received: Received) -> None:
+        """One message in; whatever is wrong with it is the sender's problem, not the run's."""
+        name, message, frames = received
+        try:
+            if isinstance(message, MalformedMessage):
+                raise message
+            if isinstance(message, Hello):
+                self._hello(name, message)
+                return
+            peer = self._state.peers.get(name)
+            if peer is None:
+                self._refuse(name, "say hello first: the broker does not know you, or has given you up for dead")
+                return
+            peer.heard = time.monotonic()
+            if not may_send(peer.role, message):
+                raise MalformedMessage(f"a {peer.role} may not send {type(message).__name__}")
+            self._dispatch(peer, message, frames)
+        except MalformedMessage as error:
+            logger.warning("message of %s refused: %s", name, error)
+            self._refuse(name, str(error))
+
+    def _dispatch(self, peer: Peer, message: ToBroker, frames: Sequence[Frame]) -> None:
+        match message:
+            case Heartbeat():
+                peer.take_heartbeat(message, time.monotonic())
+                self._state.send(peer.name, HeartbeatReply(version=self._state.newest or 0))
+            case Goodbye(reason=reason):
+                self._lost(peer, f"left: {reason}" if reason else "left")
+            case Credits(total=total):
+                peer.credits = max(peer.credits, total)
+            case Completed():
+                self._leases.completed(peer, message, frames)
+            case Failed():
+                self._leases.failed(peer, message)
+            case Released():
+                self._leases.released(peer, message)
+            case VersionApplied():
+                self._leases.applied(peer, message)
+            case BatchRequest():
+                self._steps.requested(peer, message)
+            case StepDone():
+                self._steps.step_done(message)
+            case VersionPublished():
+                self._steps.published(message)
+            case PositionRequest():
+                self._steps.position(peer, message)
+            case StatusRequest():
+                self._state.send(peer.name, self._status())
+
+    # ------------------------------------------------------------ peers
+
+    def _hello(self, sender: str, hello: Hello) -> None:
+        objection = self._state.peers.objection(sender, hello, self._config.run_id)
+        if objection:
+            self._refuse(sender, objection)
+            return
+        known = self._state.peers.get(sender)
+        if known is None or known.hello != hello:
+            if known is not None:
+                self._lost(known, "was replaced")
+            self._state.peers.add(hello)
+            logger.info("%s joined: %s, pid %d on %s", sender, hello.role, hello.pid, hello.host)
+            self._state.touch()
+        welcome = Welcome(
+            run_id=self._config.run_id,
+            heartbeat_s=self._config.bus.heartbeat_s,
+            peer_timeout_s=self._config.bus.peer_timeout_s,
+            config_json=self._config.config_json,
+            run_dir=self._config.run_dir,
+        )
+        self._state.send(sender, welcome)
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self.refused += 1
+        self._state.send(name, Refused(reason=reason))
+
+    def _lost(self, peer: Peer, why: str) -> None:
+        """Raises: RunFailed for the learner, unless its work is done."""
+        self._state.peers.remove(peer.name)
+        if peer.role == "worker":
+            self._leases.worker_gone(peer)
+        if peer.role != "observer":
+            logger.info("%s %s", peer.name, why)
+        if peer.role == "learner" and self._phase in ("starting", "running", "finishing"):
+            raise RunFailed(f"the learner {why}")
+
+    # ------------------------------------------------------------ the run as a whole
+
+    def _update_phase(self) -> None:
+        state = self._state
+        if self._phase == "starting" and state.newest is not None and state.peers.workers():
+            self._phase = "running"
+            state.metrics.start()
+        if self._phase == "running" and state.step >= self._config.steps:
+            self._phase = "finishing"
+
+    def _status(self) -> Status:
+        state, now = self._state, time.monotonic()
+        return Status(
+            phase=self._phase,
+            step=state.step,
+            steps=self._config.steps,
+            version=state.newest or 0,
+            learner_ready=state.newest is not None,
+            workers=state.peers.worker_statuses(state.leases.by_worker(), now),
+            running_groups=state.ledger.running,
+            queued_groups=len(state.queue),
+            counts=state.ledger.counts(),
+            last_progress_s=now - state.progress,
+            error=self._error,
+        )
+
+    def _say_stop(self, stop: Stop) -> None:
+        """Tell everyone, then answer last questions until they have left: a checkpoint may want a position."""
+        for peer in self._state.peers:
+            self._state.send(peer.name, stop)
+        deadline = time.monotonic() + (GOODBYE_TIMEOUT_S if stop.ok else 1.0)
+        while time.monotonic() < deadline and any(peer.role != "observer" for peer in self._state.peers):
+            self._receive(TICK_S)
+            for peer in self._state.peers.silent(time.monotonic()):
+                self._state.peers.remove(peer.name)

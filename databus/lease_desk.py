@@ -1,0 +1,254 @@
+"""The worker's side of the broker: leases out, results in."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from databus.batches import Waiting
+from databus.codec import Frame, MalformedMessage, decode_columns
+from databus.evaluation import is_evaluation
+from databus.groups import Group, group_from_columns
+from databus.leases import Held
+from databus.ledger import Entry
+from databus.messages import (
+    Ack,
+    Cancel,
+    Completed,
+    Failed,
+    Lease,
+    Released,
+    Sampling,
+    VersionAnnounced,
+    VersionApplied,
+)
+from databus.peers import Peer
+from databus.prompts import Prompt
+from databus.run_state import RunFailed, RunState
+
+logger = logging.getLogger(__name__)
+
+
+class LeaseDesk:
+    """Gives leases to workers and takes what comes of them."""
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._reward_failures = 0
+
+    # ------------------------------------------------------------ out
+
+    def announce(self) -> None:
+        """Tell workers of the version they should serve: the newest, but none past an evaluation under way."""
+        state = self._state
+        if state.newest is None:
+            return
+        current = state.evaluations.current
+        target = state.newest if current is None else min(state.newest, current.version)
+        published = state.versions[target]
+        for worker in state.peers.workers():
+            if max(worker.announced, worker.version) < target:
+                message = VersionAnnounced(version=target, address=published.address, num_bytes=published.num_bytes)
+                if state.send(worker.name, message):
+                    worker.announced = target
+
+    def lease_all(self) -> None:
+        """Give every worker what it has credit for, one group at a time in turn, so that they fill up evenly."""
+        for worker in self._state.peers.workers():
+            self._lease_evaluation(worker)
+        waiting = [worker for worker in self._state.peers.workers() if self._may_lease(worker)]
+        while waiting:
+            waiting.sort(key=lambda worker: worker.leases_sent - worker.credits)
+            for worker in waiting:
+                if self._may_lease(worker):
+                    self._lease_training(worker)
+            waiting = [worker for worker in waiting if self._may_lease(worker)]
+
+    def _may_lease(self, worker: Peer) -> bool:
+        state = self._state
+        under_way = state.ledger.accepted + state.ledger.running
+        return (
+            worker.leases_sent < worker.credits
+            and worker.announced <= worker.version
+            and under_way < state.config.steps * state.config.batch_groups
+            and state.gate.capacity(worker.version, state.ledger.accepted, state.ledger.running) > 0
+        )
+
+    def _lease_training(self, worker: Peer) -> None:
+        state = self._state
+        entry = state.ledger.lease()
+        prompt = state.prompts.get(entry.cursor)
+        sampling = Sampling(max_tokens=state.config.max_tokens, temperature=state.config.temperature)
+        state.leases.add(entry.group_id, worker.name, prompt, time.monotonic())
+        worker.leases_sent += 1
+        lease = Lease(
+            group_id=entry.group_id,
+            cursor=entry.cursor,
+            attempt=entry.attempt,
+            purpose="train",
+            prompt=prompt.prompt,
+            prompt_ids=prompt.prompt_ids,
+            problem=prompt.problem,
+            group_size=state.config.group_size,
+            sampling=sampling,
+            lease_s=state.config.bus.lease_s,
+        )
+        state.send(worker.name, lease)
+
+    def _lease_evaluation(self, worker: Peer) -> None:
+        state = self._state
+        current = state.evaluations.current
+        if current is None or worker.version != current.version or worker.announced > worker.version:
+            return
+        sampling = Sampling(max_tokens=state.config.eval_max_tokens, temperature=0.0)
+        room = worker.hello.max_sequences - current.outstanding(worker.name)
+        for _ in range(min(room, len(current.waiting))):
+            group_id, index = current.lease(worker.name)
+            prompt = state.evals[index]
+            lease = Lease(
+                group_id=group_id,
+                cursor=index,
+                attempt=0,
+                purpose="eval",
+                prompt=prompt.prompt,
+                prompt_ids=prompt.prompt_ids,
+                problem=prompt.problem,
+                group_size=1,
+                sampling=sampling,
+                lease_s=state.config.bus.lease_s,
+            )
+            state.send(worker.name, lease)
+
+    # ------------------------------------------------------------ in
+
+    def completed(self, worker: Peer, message: Completed, frames: Sequence[Frame]) -> None:
+        """Take a scored group, once. Raises: MalformedMessage if it is not what was leased."""
+        group = group_from_columns(decode_columns(message.columns, frames))
+        if group.reward_parts.shape[1] != len(message.reward_names):
+            raise MalformedMessage("reward_parts and reward_names differ in length")
+        if is_evaluation(message.group_id):
+            accepted = self._complete_evaluation(message.group_id, group)
+        else:
+            accepted = self._complete_training(worker, message, group)
+        reason = "" if accepted else "not wanted any more: settled, or leased again and completed elsewhere"
+        self._state.send(worker.name, Ack(group_id=message.group_id, accepted=accepted, reason=reason))
+
+    def _complete_evaluation(self, group_id: str, group: Group) -> bool:
+        state = self._state
+        current = state.evaluations.current
+        if current is None or group_id not in current.leased:
+            return False
+        _, index = current.leased[group_id]
+        check_against_lease(group, state.evals[index], 1, state.config.eval_max_tokens)
+        current.complete(group_id, group)
+        state.touch()
+        return True
+
+    def _complete_training(self, worker: Peer, message: Completed, group: Group) -> bool:
+        state = self._state
+        entry, held = state.ledger.get(message.group_id), state.leases.get(message.group_id)
+        if entry is None or held is None or entry.state not in ("leased", "expired"):
+            return False
+        check_against_lease(group, held.prompt, state.config.group_size, state.config.max_tokens)
+        newest = int(group.version_values.max(initial=0))
+        if newest > worker.version:
+            raise MalformedMessage(f"a token of version {newest} from a worker that serves {worker.version}")
+        self._cancel_others(entry)
+        state.leases.drop(entry.group_id)
+        self._reward_failures = 0
+        state.metrics.completed(group)
+        state.touch()
+        if all(each.keep(group) for each in state.filters):
+            state.queue.add(Waiting(entry, group, message.reward_names, held.prompt.prompt))
+        else:
+            state.ledger.settle(entry, "filtered")
+        return True
+
+    def _cancel_others(self, entry: Entry) -> None:
+        """A late result came in: whoever works on another attempt may stop."""
+        for other in self._state.ledger.complete(entry):
+            held = self._state.leases.get(other.group_id)
+            self._state.leases.drop(other.group_id)
+            if held is not None:
+                self._state.send(held.worker, Cancel(group_ids=(other.group_id,)))
+
+    def failed(self, worker: Peer, message: Failed) -> None:
+        """A group cannot be completed. Raises: RunFailed where the reward has failed too many times in a row."""
+        state = self._state
+        state.send(worker.name, Ack(group_id=message.group_id, accepted=True))
+        current = state.evaluations.current
+        if current is not None and message.group_id in current.leased:
+            current.fail(message.group_id)
+            logger.warning("evaluation: %s failed: %s", message.cause, message.error)
+            return
+        held, entry = state.leases.get(message.group_id), state.ledger.get(message.group_id)
+        if held is None or entry is None or entry.state != "leased":
+            return
+        logger.warning("group %s failed (%s): %s", message.group_id, message.cause, message.error)
+        if message.cause == "reward":
+            state.leases.drop(entry.group_id)
+            state.ledger.settle(entry, "failed")
+            self._count_reward_failure(message.error)
+        else:
+            self._lease_lost(held)
+
+    def _count_reward_failure(self, error: str) -> None:
+        self._reward_failures += 1
+        if self._reward_failures >= self._state.config.max_reward_failures:
+            raise RunFailed(f"the reward failed for {self._reward_failures} groups in a row: {error}")
+
+    def released(self, worker: Peer, message: Released) -> None:
+        current = self._state.evaluations.current
+        if current is not None:
+            current.take_back(worker.name, message.group_ids)
+        for held in self._state.leases.of(worker.name):
+            if held.group_id in message.group_ids:
+                self._lease_lost(held)
+
+    def worker_gone(self, worker: Peer) -> None:
+        """It left or died: what it held is leased again."""
+        current = self._state.evaluations.current
+        if current is not None:
+            current.take_back(worker.name)
+        for held in self._state.leases.of(worker.name):
+            self._lease_lost(held)
+
+    def applied(self, worker: Peer, message: VersionApplied) -> None:
+        worker.version = max(worker.version, message.version)
+        worker.announced = max(worker.announced, message.version)
+        self._state.metrics.applied(message)
+        self._state.touch()
+
+    def tick(self, now: float) -> None:
+        """Take back what is overdue."""
+        for held in self._state.leases.overdue(now):
+            logger.warning("the lease of group %s to %s has expired", held.group_id, held.worker)
+            self._state.send(held.worker, Cancel(group_ids=(held.group_id,)))
+            self._lease_lost(held)
+        self._state.leases.forget_settled(lambda group_id: self._state.ledger.get(group_id) is not None)
+
+    def _lease_lost(self, held: Held) -> None:
+        """Lease the cursor again, unless it has been tried often enough."""
+        state = self._state
+        entry = state.ledger.get(held.group_id)
+        if entry is None or entry.state != "leased":
+            state.leases.drop(held.group_id)
+        elif entry.attempt + 1 >= state.config.bus.max_attempts:
+            logger.warning("cursor %d failed: leased %d times, never completed", entry.cursor, entry.attempt + 1)
+            state.leases.drop(held.group_id)
+            state.ledger.settle(entry, "failed")
+        else:
+            state.leases.expire(held.group_id)
+            state.ledger.expire(entry)
+
+
+def check_against_lease(group: Group, prompt: Prompt, group_size: int, max_tokens: int) -> None:
+    """Raises: MalformedMessage if the group is not an answer to that lease."""
+    if group.size != group_size:
+        raise MalformedMessage(f"{group.size} completions, {group_size} were leased")
+    if not np.array_equal(group.prompt_ids, np.array(prompt.prompt_ids, np.int32)):
+        raise MalformedMessage("the group has another prompt than its lease")
+    longest = int(group.lengths.max())
+    if longest > max_tokens:
+        raise MalformedMessage(f"a completion of {longest} tokens, at most {max_tokens} were leased")

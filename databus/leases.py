@@ -1,0 +1,59 @@
+"""Outstanding leases: who holds which group, and until when."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from databus.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Held:
+    """A lease of a training group. deadline: on the monotonic clock."""
+
+    group_id: str
+    worker: str
+    prompt: Prompt
+    deadline: float
+
+
+class Leases:
+    """Leases by group; expired ones are remembered until their group is settled, for a late result."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._held: dict[str, Held] = {}
+        self._late: dict[str, Held] = {}
+
+    def add(self, group_id: str, worker: str, prompt: Prompt, now: float) -> None:
+        self._held[group_id] = Held(group_id, worker, prompt, now + self._lease_s)
+
+    def get(self, group_id: str) -> Held | None:
+        """The lease, expired or not."""
+        return self._held.get(group_id) or self._late.get(group_id)
+
+    def by_worker(self) -> dict[str, int]:
+        return Counter(held.worker for held in self._held.values())
+
+    def of(self, worker: str) -> list[Held]:
+        return [held for held in self._held.values() if held.worker == worker]
+
+    def overdue(self, now: float) -> list[Held]:
+        return [held for held in self._held.values() if held.deadline <= now]
+
+    def next_deadline(self) -> float | None:
+        return min((held.deadline for held in self._held.values()), default=None)
+
+    def expire(self, group_id: str) -> None:
+        held = self._held.pop(group_id, None)
+        if held is not None:
+            self._late[group_id] = held
+
+    def drop(self, group_id: str) -> None:
+        """The group is settled, or its result has come."""
+        self._held.pop(group_id, None)
+        self._late.pop(group_id, None)
+
+    def forget_settled(self, is_open: Callable[[str], bool]) -> None:
+        """Let go of expired leases whose groups are settled."""
+        self._late = {group_id: held for group_id, held in self._late.items() if is_open(group_id)}

@@ -1,0 +1,150 @@
+"""Who is connected: roles, heartbeats, credits, versions."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from databus.messages import (
+    PROTOCOL,
+    BatchRequest,
+    Completed,
+    Credits,
+    Failed,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    PositionRequest,
+    Released,
+    Role,
+    StatusRequest,
+    StepDone,
+    ToBroker,
+    VersionApplied,
+    VersionPublished,
+    WorkerStatus,
+)
+
+MAY_SEND: dict[Role, tuple[type, ...]] = {
+    "worker": (Heartbeat, Goodbye, Credits, Completed, Failed, Released, VersionApplied),
+    "learner": (Heartbeat, Goodbye, BatchRequest, StepDone, VersionPublished, PositionRequest),
+    "observer": (Heartbeat, Goodbye, StatusRequest),
+}
+RATE_WINDOW_S = 10.0
+
+
+@dataclass
+class Peer:
+    """version: what a worker serves. announced: the newest version it was told of. credits: of `Credits.total`."""
+
+    hello: Hello
+    heard: float
+    version: int
+    announced: int
+    credits: int = 0
+    leases_sent: int = 0
+    beat: Heartbeat = field(default_factory=Heartbeat)
+    tokens_per_s: float = 0.0
+    _measured: tuple[float, int] = (0.0, 0)
+
+    @property
+    def name(self) -> str:
+        return self.hello.name
+
+    @property
+    def role(self) -> Role:
+        return self.hello.role
+
+    def take_heartbeat(self, beat: Heartbeat, now: float) -> None:
+        since, tokens = self._measured
+        if now - since >= RATE_WINDOW_S or beat.generated_tokens < tokens:
+            if since:
+                self.tokens_per_s = max(0, beat.generated_tokens - tokens) / (now - since)
+            self._measured = (now, beat.generated_tokens)
+        self.beat = beat
+
+
+class Peers:
+    """The table of connected peers."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._peers: dict[str, Peer] = {}
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(list(self._peers.values()))
+
+    def get(self, name: str) -> Peer | None:
+        return self._peers.get(name)
+
+    def workers(self) -> list[Peer]:
+        return [peer for peer in self if peer.role == "worker"]
+
+    @property
+    def learner(self) -> Peer | None:
+        return next((peer for peer in self if peer.role == "learner"), None)
+
+    def objection(self, sender: str, hello: Hello, run_id: str) -> str:
+        """Why this peer cannot be let in; "" if it can."""
+        if hello.protocol != PROTOCOL:
+            return f"it speaks protocol {hello.protocol}, this run {PROTOCOL}: use the same version of Echelon"
+        if hello.run_id not in ("", run_id):
+            return f"it belongs to run {hello.run_id}, this is {run_id}"
+        if sender != hello.name or not sender:
+            return f"connected as {sender!r} but calls itself {hello.name!r}"
+        known = self._peers.get(sender)
+        if known is not None and not same_process(known.hello, hello) and is_alive(known.hello):
+            return f"the name {sender!r} is taken by pid {known.hello.pid} on {known.hello.host}: choose another"
+        learner = self.learner
+        if hello.role == "learner" and learner is not None and learner.name != sender:
+            return f"the run has a learner already: {learner.name}"
+        return ""
+
+    def add(self, hello: Hello) -> Peer:
+        now = time.monotonic()
+        peer = Peer(hello=hello, heard=now, version=hello.version, announced=hello.version)
+        self._peers[hello.name] = peer
+        return peer
+
+    def remove(self, name: str) -> Peer | None:
+        return self._peers.pop(name, None)
+
+    def silent(self, now: float) -> list[Peer]:
+        """Peers that have not been heard for too long."""
+        return [peer for peer in self if now - peer.heard > self._timeout_s]
+
+    def worker_statuses(self, leased: dict[str, int], now: float) -> tuple[WorkerStatus, ...]:
+        """Args: leased: groups each worker holds."""
+        return tuple(
+            WorkerStatus(
+                name=peer.name,
+                version=peer.version,
+                leased_groups=leased.get(peer.name, 0),
+                running_sequences=peer.beat.running_sequences,
+                tokens_per_s=peer.tokens_per_s,
+                silent_s=now - peer.heard,
+            )
+            for peer in self.workers()
+        )
+
+
+def may_send(role: Role, message: ToBroker) -> bool:
+    return isinstance(message, MAY_SEND[role])
+
+
+def same_process(one: Hello, other: Hello) -> bool:
+    return (one.pid, one.host, one.role) == (other.pid, other.host, other.role)
+
+
+def is_alive(hello: Hello) -> bool:
+    """False only where we can know that the peer's process has ended: on this host."""
+    if hello.host != socket.gethostname() or hello.pid <= 0:
+        return True
+    try:
+        os.kill(hello.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,117 @@
+"""A step's row of metrics: what the learner reports, what workers report, and what the ledger knows."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from databus.batches import CutBatch
+from databus.groups import Group
+from databus.messages import VersionApplied
+from databus.peers import Peer
+
+
+class StepMetrics:
+    """Collects between steps; `row` closes a step. Times in seconds since `start`, when all roles were up."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._since = time.monotonic()
+        self._tokens = 0
+        self._updates: list[VersionApplied] = []
+        self._drafts: dict[str, tuple[int, int, int]] = {}
+        self._last_drafts = (0, 0, 0)
+
+    def start(self) -> None:
+        """All roles are up; only the first call counts."""
+        if self._start is None:
+            self._start = self._since = time.monotonic()
+
+    def elapsed_s(self) -> float:
+        return 0.0 if self._start is None else time.monotonic() - self._start
+
+    def completed(self, group: Group) -> None:
+        self._tokens += group.num_tokens
+
+    def applied(self, update: VersionApplied) -> None:
+        self._updates.append(update)
+
+    def heard(self, peer: Peer) -> None:
+        beat = peer.beat
+        self._drafts[f"{peer.name}/{peer.hello.pid}"] = (beat.drafted_tokens, beat.accepted_tokens, beat.draft_rounds)
+
+    def row(self, batch: CutBatch, learner: Mapping[str, float], queued: int, counts: Mapping[str, int]) -> dict:
+        """The row of a step that was just taken."""
+        now = time.monotonic()
+        row: dict[str, float] = {"step": batch.step, "time_s": self.elapsed_s()}
+        row |= _reward_metrics(batch) | _length_metrics(batch) | _staleness_metrics(batch)
+        row["rollout/tokens_per_s"] = self._tokens / max(1e-9, now - self._since)
+        row |= self._draft_metrics() | self._weight_metrics()
+        row["bus/queued_groups"] = queued
+        row |= {f"ledger/{state}_groups": count for state, count in counts.items()}
+        self._since, self._tokens, self._updates = now, 0, []
+        return row | dict(learner)
+
+    def _draft_metrics(self) -> dict[str, float]:
+        totals = tuple(sum(column) for column in zip(*self._drafts.values(), strict=True)) or (0, 0, 0)
+        drafted, accepted, rounds = (new - old for new, old in zip(totals, self._last_drafts, strict=True))
+        self._last_drafts = totals
+        return {
+            "draft/acceptance": accepted / drafted if drafted > 0 else 0.0,
+            "draft/accepted_per_round": accepted / rounds if rounds > 0 else 0.0,
+        }
+
+    def _weight_metrics(self) -> dict[str, float]:
+        """Of the updates since the last step; 0 where there was none. Times are those of the slowest worker."""
+        return {
+            "weights/sync_s": max((update.sync_s for update in self._updates), default=0.0),
+            "weights/pause_s": max((update.pause_s for update in self._updates), default=0.0),
+            "weights/sent_bytes": sum(update.received_bytes for update in self._updates),
+        }
+
+
+def _reward_metrics(batch: CutBatch) -> dict[str, float]:
+    metrics = {"reward/mean": float(np.mean(np.concatenate([item.group.rewards for item in batch.groups])))}
+    parts: dict[str, list[float]] = {}
+    for item in batch.groups:
+        for column, name in enumerate(item.reward_names):
+            parts.setdefault(name, []).extend(item.group.reward_parts[:, column].tolist())
+    return metrics | {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()}
+
+
+def _length_metrics(batch: CutBatch) -> dict[str, float]:
+    lengths = np.concatenate([item.group.lengths for item in batch.groups])
+    truncated = np.concatenate([item.group.truncated for item in batch.groups])
+    return {
+        "rollout/length_mean": float(lengths.mean()),
+        "rollout/length_max": float(lengths.max()),
+        "rollout/truncated_fraction": float(truncated.mean()),
+    }
+
+
+def _staleness_metrics(batch: CutBatch) -> dict[str, float]:
+    """Lags of loss-bearing tokens, in versions."""
+    lags = np.concatenate(
+        [batch.step - item.group.token_versions()[item.group.loss_mask.astype(bool)] for item in batch.groups]
+    )
+    return {"staleness/max_versions": float(lags.max()), "staleness/mean_versions": float(lags.mean())}
+
+
+class RowQueue:
+    """Rows leave in the order of steps, and not before the evaluation of their version is done."""
+
+    def __init__(self, write: Callable[[Mapping[str, float]], None]) -> None:
+        self._write = write
+        self._rows: deque[dict[str, float]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, row: dict[str, float]) -> None:
+        self._rows.append(row)
+
+    def flush(self, is_pending: Callable[[int], bool], take_result: Callable[[int], dict[str, float]]) -> None:
+        while self._rows and not is_pending(int(self._rows[0]["step"])):
+            row = self._rows.popleft()
+            self._write(row | take_result(int(row["step"])))

@@ -1,0 +1,96 @@
+"""`echelon run`: from a recipe to a finished run."""
+
+import argparse
+import shlex
+import time
+from pathlib import Path
+
+from echelon.failures import RunFailed
+from echelon.files import keep_rows_before
+from echelon.interrupts import Interrupted
+from echelon.packages import package_root
+from echelon.progress import Progress
+from echelon.recipe import Recipe, load_recipe
+from echelon.run_folder import RunFolder, RunRecord
+from echelon.supervisor import Supervisor
+from echelon.validate import check_machine
+from echelon.view import make_view
+from echelon.wandb_sink import WandbSink
+from learner.checkpoint_folder import latest_checkpoint, read_trainer_state
+
+RUNS = "runs"
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Raises: ValueError for bad input, before anything has started."""
+    if args.resume and not args.run_dir:
+        raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
+    recipe = load_recipe(args.recipe, args.overrides)
+    check_machine(recipe.config)
+    folder = RunFolder(args.run_dir) if args.run_dir else _default_folder(recipe.name)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ValueError(f"--run-dir {folder.path} is a file")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with folder.locked():
+        record = folder.claim(recipe, args.resume)
+        first_step = _first_step(folder, recipe) if args.resume else 0
+        for file in (folder.metrics_file, folder.samples_file):
+            keep_rows_before(file, first_step)
+        return _supervise(args, recipe, folder, record, first_step)
+
+
+def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, record: RunRecord, first_step: int) -> int:
+    config = recipe.config
+    progress = Progress(
+        recipe=recipe.name,
+        run_dir=_short(folder.path),
+        steps=config.learner.steps,
+        max_staleness=config.max_staleness,
+        first_step=first_step,
+    )
+    view = make_view()
+    view.note(f"run folder {_short(folder.path)}" + (f", from step {first_step}" if args.resume else ""))
+    wandb = WandbSink(config, folder, record.run_id)
+    try:
+        return Supervisor(config, folder, package_root(), progress, view, wandb).run()
+    except Interrupted as interrupted:
+        view.note(f"stopped at step {progress.steps_done} of {progress.steps}; {_how_to_go_on(args, folder)}")
+        return interrupted.exit_code
+    except RunFailed:
+        if progress.rows:
+            view.note(f"failed at step {progress.steps_done} of {progress.steps}; {_how_to_go_on(args, folder)}")
+        raise
+
+
+def _first_step(folder: RunFolder, recipe: Recipe) -> int:
+    """Raises: ValueError where the run is finished, or its last checkpoint is damaged."""
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    step = read_trainer_state(checkpoint).step if checkpoint is not None else 0
+    steps = recipe.config.learner.steps
+    if step >= steps:
+        raise ValueError(
+            f"the run in {folder.path} is finished after {step} steps: to go on, raise learner.steps, now {steps}"
+        )
+    return step
+
+
+def _how_to_go_on(args: argparse.Namespace, folder: RunFolder) -> str:
+    words = ["echelon", "run", args.recipe, "--run-dir", _short(folder.path), "--resume", *args.overrides]
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    where = f"from {checkpoint.name}" if checkpoint is not None else "from the start, as there is no checkpoint yet"
+    return f"go on {where}: {shlex.join(words)}"
+
+
+def _default_folder(recipe: str) -> RunFolder:
+    """runs/RECIPE-TIME, with a number where that exists."""
+    stem = Path(RUNS) / f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = stem, 1
+    while path.exists():
+        number += 1
+        path = stem.with_name(f"{stem.name}-{number}")
+    return RunFolder(path)
+
+
+def _short(path: Path) -> str:
+    """Relative to where the user is, if it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,122 @@
+"""`python -m echelon.roles.broker RUN_DIR`: the broker of a run. No torch, no transformers."""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from databus.address import resolve_address
+from databus.broker import Broker
+from databus.config import BrokerConfig
+from databus.messages import Position
+from databus.prompts import Prompt, SampledGroup
+from databus.run_state import RunFailed
+from echelon.errors import SIGTERM_CODE, FollowsAnother, role_main
+from echelon.files import write_atomically
+from echelon.metrics import RowWriter, sample_rows
+from echelon.prompt_files import PromptFile
+from echelon.run_folder import BusRecord, RunFolder
+from learner.checkpoint_folder import latest_checkpoint, read_trainer_state
+
+logger = logging.getLogger(__name__)
+
+ROLE = "broker"
+LOST_LEARNER = "the learner "
+
+
+class Terminated(Exception):
+    """SIGTERM, as an exception that the broker turns into a last word to its peers."""
+
+
+class FileSink:
+    """Where the broker's figures go: metrics.jsonl and samples.jsonl."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._rows = RowWriter(folder.metrics_file)
+        self._samples = RowWriter(folder.samples_file)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        self._rows.write(row)
+
+    def samples(self, step: int, groups: Sequence[SampledGroup]) -> None:
+        for row in sample_rows(step, groups):
+            self._samples.write(row)
+
+
+def serve(folder: RunFolder) -> None:
+    """Raises: ValueError for an address that cannot be used; RunFailed where the run cannot go on."""
+    signal.signal(signal.SIGTERM, _terminate)
+    config = folder.config()
+    start_step, position = where_to_start(folder)
+    prompts = PromptFile(folder.train_prompts, config.seed, config.data.shuffle)
+    evals = read_evaluation(folder) if config.eval.every > 0 else []
+    broker = Broker(broker_config(folder, start_step), prompts, evals, FileSink(folder), position)
+    record = BusRecord(address=broker.address, run_id=folder.record().run_id)
+    write_atomically(folder.bus_file, msgspec.json.encode(record))
+    logger.info("listening on %s, from step %d, %d prompts", broker.address, start_step, len(prompts))
+    try:
+        broker.run()
+    except Terminated:
+        sys.exit(SIGTERM_CODE)
+    except RunFailed as error:
+        # A learner that is gone has had a reason of its own, which it may be about to report.
+        if str(error).startswith(LOST_LEARNER):
+            raise FollowsAnother(str(error)) from error
+        raise
+
+
+def where_to_start(folder: RunFolder) -> tuple[int, Position | None]:
+    """(step, data position) of the last checkpoint; the beginning where there is none."""
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    if checkpoint is None:
+        return 0, None
+    state = read_trainer_state(checkpoint)
+    return state.step, state.position
+
+
+def read_evaluation(folder: RunFolder) -> list[Prompt]:
+    """All held-out problems, in the file's order."""
+    prompts = PromptFile(folder.eval_prompts, seed=0, shuffle=False)
+    return [prompts.get(cursor) for cursor in range(len(prompts))]
+
+
+def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
+    config = folder.config()
+    return BrokerConfig(
+        run_id=folder.record().run_id,
+        address=resolve_address(config.bus.address, folder.path),
+        steps=config.learner.steps,
+        start_step=start_step,
+        group_size=config.group_size,
+        batch_groups=config.batch_groups,
+        max_staleness=config.max_staleness,
+        stale_policy=config.stale_policy,
+        max_tokens=config.rollout.max_tokens,
+        temperature=config.rollout.temperature,
+        eval_every=config.eval.every,
+        eval_max_tokens=config.eval.max_tokens or config.rollout.max_tokens,
+        eval_timeout_s=config.eval.timeout_s,
+        eval_threshold=config.eval.threshold,
+        max_reward_failures=config.reward.max_failures,
+        bus=config.bus,
+        config_json=folder.config_file.read_bytes(),
+        run_dir=str(folder.path),
+    )
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise Terminated
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir")
+    folder = RunFolder(parser.parse_args().run_dir)
+    return role_main(ROLE, folder.error_file(ROLE), lambda: serve(folder), lambda: (FollowsAnother,))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""`torchrun ... -m echelon.roles.learner RUN_DIR`: one rank of the learner."""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+
+from databus.client import BusClient
+from databus.errors import BusLost
+from databus.messages import Hello
+from echelon.errors import role_main
+from echelon.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+CONNECT_S = 60.0
+
+
+def learn(folder: RunFolder) -> None:
+    """Raises: whatever ends the learner; `role_main` reports it."""
+    from learner.checkpoint_folder import latest_checkpoint
+    from learner.run import LearnerRun, run_learner
+
+    config = folder.config()
+    bus = folder.bus()
+    if bus is None:
+        raise RuntimeError("the broker is not there: bus.json is missing")
+    run = LearnerRun(
+        model=config.model,
+        serving_dtype=config.rollout.dtype,
+        temperature=config.rollout.temperature,
+        max_staleness=config.max_staleness,
+        seed=config.seed,
+        checkpoints_dir=folder.checkpoints,
+        bus_address=bus.address,
+        resume_from=latest_checkpoint(folder.checkpoints),
+        # The supervisor's watchdog comes first; these end a learner whose supervisor cannot.
+        batch_timeout_s=2 * config.watchdog_s,
+        end_timeout_s=2 * config.watchdog_s + config.eval.timeout_s,
+        collective_timeout_s=2 * config.watchdog_s,
+    )
+    run_learner(config.learner, run, lambda version: connect(folder, version))
+
+
+class LearnerBus(BusClient):
+    """Says goodbye when it closes, so that the broker need not wait for a silence."""
+
+    def close(self, goodbye: str | None = "done") -> None:
+        super().close(goodbye)
+
+
+def connect(folder: RunFolder, version: int) -> LearnerBus:
+    """Raises: BusError where the broker does not answer."""
+    record = folder.bus()
+    assert record is not None
+    host = socket.gethostname()
+    hello = Hello(role="learner", name="learner", run_id=record.run_id, version=version, pid=os.getpid(), host=host)
+    bus = LearnerBus(record.address, hello, max_message_bytes=folder.config().bus.max_message_bytes)
+    bus.connect(CONNECT_S)
+    return bus
+
+
+def consequences() -> tuple[type[BaseException], ...]:
+    from learner.bus import RunStoppedError
+
+    return (RunStoppedError, BusLost)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir")
+    folder = RunFolder(parser.parse_args().run_dir)
+    rank = int(os.environ.get("RANK", "0"))
+    role = "learner" if rank == 0 else f"learner-rank{rank}"
+    return role_main(role, folder.error_file(role), lambda: learn(folder), consequences)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The processes of a run: how each role is started, and which are there."""
+
+from pathlib import Path
+
+from echelon.config import RunConfig
+from echelon.devices import learner_gpus, visible_gpus, worker_gpus
+from echelon.processes import Child, child_environment, stop_all
+from echelon.run_folder import RunFolder
+
+PREPARE, BROKER, LEARNER = "prepare", "broker", "learner"
+MODULES = {name: f"echelon.roles.{name}" for name in (PREPARE, BROKER, LEARNER, "worker")}
+
+
+class Roster:
+    """Starts roles and stops them all."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, root: Path) -> None:
+        """Args: root: the checkout that the packages come from."""
+        self._folder = folder
+        self._config = config
+        self._root = root
+        self._gpus = visible_gpus()
+        self.children: dict[str, Child] = {}
+
+    def start_prepare(self) -> Child:
+        return self._start(PREPARE, [MODULES[PREPARE], self._run_dir])
+
+    def start_broker(self) -> Child:
+        return self._start(BROKER, [MODULES[BROKER], self._run_dir])
+
+    def start_worker(self, index: int) -> Child:
+        name = f"worker-{index}"
+        gpus = worker_gpus(self._config, self._gpus, index)
+        return self._start(name, [MODULES["worker"], self._run_dir, "--name", name], gpus)
+
+    def restart_worker(self, child: Child) -> Child:
+        child.kill()  # whatever is left of its group
+        self._folder.error_file(child.name).unlink(missing_ok=True)
+        return self.start_worker(int(child.name.rpartition("-")[2]))
+
+    def start_learner(self) -> Child:
+        """torchrun's agent does not tie its life to ours, so `launch` does it first."""
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self._config.learner.ranks)]
+        arguments = ["echelon.roles.launch", *torchrun, "-m", MODULES[LEARNER], self._run_dir]
+        gpus = learner_gpus(self._config, self._gpus)
+        # One thread on a CPU: the engine has cores of its own.
+        defaults = {"OMP_NUM_THREADS": "1"} if self._config.learner.device == "cpu" else {}
+        return self._start(LEARNER, arguments, gpus, defaults)
+
+    def stop(self, grace_s: float) -> None:
+        """The broker last: the others take its absence for a failure."""
+        stop_all([child for child in self.children.values() if child.name != BROKER], grace_s)
+        stop_all(self.children.values(), grace_s)
+
+    def kill(self) -> None:
+        for child in self.children.values():
+            child.kill()
+
+    def role_processes(self) -> list[int]:
+        """Ids of all processes that answer SIGUSR1 with their stacks."""
+        roles = [(child, MODULES[child.name.partition("-")[0]]) for child in self.children.values()]
+        return [pid for child, module in roles if child.exit_code() is None for pid in child.role_processes(module)]
+
+    def _start(
+        self,
+        name: str,
+        arguments: list[str],
+        settings: dict[str, str] | None = None,
+        defaults: dict[str, str] | None = None,
+    ) -> Child:
+        """Args: settings: variables that must hold. defaults: those that the user's environment overrides."""
+        environment = child_environment(self._root, defaults or {}) | (settings or {})
+        child = Child(name, arguments, environment, self._folder.log_file(name))
+        self.children[name] = child
+        return child
+
+    @property
+    def _run_dir(self) -> str:
+        return str(self._folder.path)

@@ -1,0 +1,233 @@
+"""One run from its first process to its last: start, watch, restart what may be restarted, stop all, say why."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from echelon.cli import OK
+from echelon.config import RunConfig
+from echelon.failures import RunFailed, first_cause, names
+from echelon.files import RowFollower
+from echelon.interrupts import Interrupts
+from echelon.observer import Observer
+from echelon.processes import Child, wait_all
+from echelon.progress import Progress
+from echelon.roster import BROKER, LEARNER, PREPARE, Roster
+from echelon.run_folder import RunFolder
+from echelon.view import View
+from echelon.wandb_sink import WandbSink
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.1
+BROKER_START_S = 60.0
+SETTLE_S = 1.5
+STACKS_S = 1.0
+GRACE_S = 10.0
+END_S = 60.0
+MAX_RESTARTS = 3
+ENGINE_NAMES = {"vllm": "vLLM", "small": "the small engine"}
+
+
+class Supervisor:
+    """Runs the roles of one run folder; everything happens in the thread that calls `run`."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, root: Path, progress: Progress, view: View, wandb: WandbSink
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._progress = progress
+        self._view = view
+        self._wandb = wandb
+        self._roster = Roster(folder, config, root)
+        self._interrupts = Interrupts(at_once=self._roster.kill)
+        self._observer: Observer | None = None
+        self._follower = RowFollower(folder.metrics_file)
+        self._ready: set[str] = set()
+        self._restarts: dict[str, int] = {}
+        self._progress_at = time.monotonic()
+
+    def run(self) -> int:
+        """Returns: 0 when the run has finished. Raises: RunFailed; Interrupted. No process is left either way."""
+        with self._interrupts.handled():
+            self._view.start()
+            try:
+                self._start()
+                self._watch()
+            finally:
+                self._stop()
+        self._view.summary(self._progress)
+        return OK
+
+    # ------------------------------------------------------------ start
+
+    def _start(self) -> None:
+        self._enter("checking model and data")
+        prepare = self._roster.start_prepare()
+        self._wait(lambda: prepare.exit_code() is not None)
+        if prepare.exit_code() != 0:
+            raise first_cause([prepare], self._folder.logs)
+        del self._roster.children[PREPARE]
+        self._wandb.start()
+        self._enter("starting the broker")
+        self._roster.start_broker()
+        self._wait_for_broker()
+        self._roster.start_learner()
+        for index in range(self._config.rollout.workers):
+            self._roster.start_worker(index)
+
+    def _wait_for_broker(self) -> None:
+        deadline = time.monotonic() + BROKER_START_S
+        while self._progress.status is None:
+            self._tick()
+            self._check_children()
+            bus = self._folder.bus()
+            if bus is not None and self._observer is None:
+                self._observer = Observer(bus.address, bus.run_id)
+            if time.monotonic() > deadline:
+                raise RunFailed(f"the broker did not answer within {BROKER_START_S:.0f} s (log: {self._log(BROKER)})")
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        while not done():
+            self._tick()
+
+    # ------------------------------------------------------------ watch
+
+    def _watch(self) -> None:
+        """Returns when learner and broker have ended well."""
+        while not self._has_ended():
+            self._tick()
+            self._check_children()
+            self._note_ready()
+            self._check_deadlines()
+        self._enter("finishing")
+        if not wait_all(self._roster.children.values(), END_S):
+            late = [child.name for child in self._roster.children.values() if child.exit_code() is None]
+            self._view.note(f"{names(late)} did not end with the run: stopped")
+
+    def _tick(self) -> None:
+        """What has to happen all the time. Raises: Interrupted."""
+        time.sleep(TICK_S)
+        self._interrupts.check()
+        if self._observer is not None:
+            self._progress.status = self._observer.poll() or self._progress.status
+        self._read_rows()
+        self._view.update(self._progress)
+
+    def _read_rows(self) -> None:
+        rows = self._follower.new_rows()
+        if rows:
+            self._progress_at = time.monotonic()
+            self._progress.add(rows)
+            self._view.rows(self._progress, rows)
+            self._wandb.log(rows)
+        for warning in self._wandb.warnings():
+            self._view.note(warning)
+
+    def _has_ended(self) -> bool:
+        return all(self._roster.children[role].exit_code() == 0 for role in (BROKER, LEARNER))
+
+    def _note_ready(self) -> None:
+        """Who has said hello to the broker, and which phase follows from it."""
+        status = self._progress.status
+        if status is None:
+            return
+        present = {worker.name for worker in status.workers} | ({LEARNER} if status.learner_ready else set())
+        if present - self._ready:
+            self._ready |= present
+            self._progress_at = time.monotonic()
+        self._progress_at = max(self._progress_at, time.monotonic() - status.last_progress_s)
+        missing = [name for name in self._roster.children if name not in (*self._ready, BROKER)]
+        if missing:
+            self._enter(f"starting {names([self._title(name) for name in missing])}")
+        else:
+            self._enter("finishing" if status.phase in ("finishing", "finished") else "training")
+
+    def _title(self, name: str) -> str:
+        engine = ENGINE_NAMES[self._config.rollout.engine]
+        return "the learner" if name == LEARNER else f"{engine} ({name})"
+
+    def _check_deadlines(self) -> None:
+        limit = self._config.rollout.start_timeout_s
+        for child in self._roster.children.values():
+            age = time.monotonic() - child.started
+            if child.name not in (*self._ready, BROKER) and age > limit:
+                self._dump_stacks()
+                raise RunFailed(f"{child.name} did not become ready within {limit:.0f} s (log: {child.log})")
+        everyone = len(self._ready) >= len(self._roster.children) - 1
+        silent_s = time.monotonic() - self._progress_at
+        if everyone and silent_s > self._config.watchdog_s:
+            self._dump_stacks()
+            raise RunFailed(
+                f"no progress for {silent_s:.0f} s after step {self._progress.steps_done} of {self._progress.steps} "
+                f"(watchdog_s={self._config.watchdog_s:g}); where each role stands is in {self._folder.logs}"
+            )
+
+    def _dump_stacks(self) -> None:
+        for pid in self._roster.role_processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        time.sleep(STACKS_S)
+
+    # ------------------------------------------------------------ processes that end
+
+    def _check_children(self) -> None:
+        """Restarts workers that died. Raises: RunFailed for everything else that should not have ended."""
+        for child in list(self._roster.children.values()):
+            if child.exit_code() is None or self._may_end(child):
+                continue
+            time.sleep(SETTLE_S)  # others may be about to say what came first
+            if self._may_restart(child):
+                self._restart(child)
+            else:
+                raise first_cause(self._roster.children.values(), self._folder.logs)
+
+    def _may_end(self, child: Child) -> bool:
+        """Once the broker has said that the run is over, all may leave in any order."""
+        status = self._progress.status
+        over = status is not None and status.phase in ("finishing", "finished")
+        others = (self._roster.children.get(role) for role in (BROKER, LEARNER))
+        return child.exit_code() == 0 and (over or any(other and other.exit_code() == 0 for other in others))
+
+    def _may_restart(self, child: Child) -> bool:
+        essential = [self._roster.children.get(role) for role in (BROKER, LEARNER)]
+        return (
+            child.name not in (BROKER, LEARNER)
+            and child.name in self._ready
+            and self._restarts.get(child.name, 0) < MAX_RESTARTS
+            and all(other is not None and other.exit_code() is None for other in essential)
+        )
+
+    def _restart(self, child: Child) -> None:
+        count = self._restarts[child.name] = self._restarts.get(child.name, 0) + 1
+        self._view.note(f"{child.name} {child.how_it_ended()}: starting it again ({count} of {MAX_RESTARTS})")
+        self._ready.discard(child.name)
+        self._progress.status = None  # it still lists the dead one
+        self._roster.restart_worker(child)
+
+    # ------------------------------------------------------------ stop
+
+    def _stop(self) -> None:
+        """Also what a failed start left; the last rows count."""
+        self._progress.enter("stopping")
+        self._view.update(self._progress)
+        self._roster.stop(GRACE_S)
+        if self._observer is not None:
+            self._observer.close()
+        self._read_rows()
+        self._wandb.close()
+        for warning in self._wandb.warnings():
+            self._view.note(warning)
+        self._view.stop()
+
+    def _enter(self, phase: str) -> None:
+        if self._progress.enter(phase):
+            self._view.phase(self._progress)
+
+    def _log(self, role: str) -> Path:
+        return self._folder.log_file(role)

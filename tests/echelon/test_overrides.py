@@ -1,0 +1,94 @@
+import pytest
+
+from echelon.config import DataConfig, RunConfig
+from echelon.overrides import apply_overrides
+
+CONFIG = RunConfig(model="m", data=DataConfig(train="t.jsonl"))
+
+
+def error(*overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        apply_overrides(CONFIG, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_values_take_the_type_of_their_setting() -> None:
+    changed = apply_overrides(
+        CONFIG,
+        [
+            "learner.lr=5e-5",
+            "max_staleness=0",
+            "data.chat=true",
+            "rollout.engine=small",
+            "learner.betas=0.8,0.95",
+            "learner.loss.clip_low=0.1",
+            "model=1234",
+            "data.prompt={a}={b}",
+        ],
+    )
+    assert changed.learner.lr == 5e-5
+    assert changed.max_staleness == 0
+    assert changed.data.chat is True
+    assert changed.rollout.engine == "small"
+    assert changed.learner.betas == (0.8, 0.95)
+    assert changed.learner.loss.clip_low == 0.1
+    assert changed.model == "1234"
+    assert changed.data.prompt == "{a}={b}"
+    assert CONFIG.learner.lr == 1e-6
+
+
+def test_the_last_one_wins() -> None:
+    assert apply_overrides(CONFIG, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("learner.lrr=1", "learner.lr?"),
+        ("lr=1", "learner.lr?"),
+        ("max_stalenes=1", "max_staleness?"),
+        ("rollout.steps=3", "learner.steps?"),
+        ("lerner.lr=1", "learner.lr?"),
+    ],
+)
+def test_unknown_setting_names_the_nearest(override: str, nearest: str) -> None:
+    text = error(override)
+    assert repr(override) in text
+    assert f"did you mean {nearest}" in text
+
+
+def test_unknown_setting_names_what_is_allowed_there() -> None:
+    text = error("wandb.xyz=1")
+    assert "wandb has: mode, project, name, samples_every" in text
+    assert "did you mean" not in text
+    assert "max_staleness" in error("zzz=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("learner.lr=abc", "a number above 0"),
+        ("learner.lr=-1", "a number above 0"),
+        ("learner.lr=nan", "a number above 0"),
+        ("learner.lr=inf", "a number above 0"),
+        ("learner.steps=0", "a whole number at least 1"),
+        ("learner.steps=1.5", "a whole number at least 1"),
+        ("group_size=1", "a whole number at least 2"),
+        ("rollout.gpu_memory_fraction=1.5", "a number above 0 and at most 1"),
+        ("rollout.engine=tgi", "small or vllm"),
+        ("data.chat=yes", "true or false"),
+        ("learner.betas=0.9", "2 values with commas between them, each a number"),
+    ],
+)
+def test_bad_value_says_what_was_given_and_what_is_allowed(override: str, allowed: str) -> None:
+    assert error(override) == f"{override}: expected {allowed}"
+
+
+def test_word_without_equals_sign() -> None:
+    assert "expected section.key=value" in error("learner.lr")
+
+
+def test_section_is_not_a_setting() -> None:
+    assert "names a section" in error("learner=1")
+    assert "clip_low" in error("learner.loss=1")

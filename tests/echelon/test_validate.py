@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from echelon import validate as module
+from echelon.config import DataConfig, RunConfig
+from echelon.overrides import apply_overrides
+from echelon.validate import check_machine, validate
+
+CONFIG = RunConfig(model="org/name", data=DataConfig(train="org/data"))
+
+
+def error(*overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        validate(apply_overrides(CONFIG, overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_are_consistent() -> None:
+    validate(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["rollout.max_tokens=2048"], ["rollout.max_tokens", "rollout.context_tokens"]),
+        (["eval.max_tokens=4000"], ["eval.max_tokens", "rollout.context_tokens"]),
+        (["rollout.max_sequences=4"], ["group_size", "rollout.max_sequences"]),
+        (["eval.every=5"], ["eval.every", "data.eval"]),
+        (["learner.betas=0.9,1.0"], ["learner.betas"]),
+        (["bus.heartbeat_s=20"], ["bus.peer_timeout_s", "bus.heartbeat_s"]),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(overrides: list[str], names: list[str]) -> None:
+    text = error(*overrides)
+    assert all(name in text for name in names)
+
+
+def machine_error(**changes: str) -> str:
+    data = msgspec.structs.replace(CONFIG.data, **{key[5:]: v for key, v in changes.items() if key.startswith("data_")})
+    model = changes.get("model", CONFIG.model)
+    with pytest.raises(ValueError) as caught:
+        check_machine(msgspec.structs.replace(CONFIG, model=model, data=data))
+    return str(caught.value)
+
+
+def test_model_folder(tmp_path: Path) -> None:
+    assert machine_error(model=str(tmp_path / "none")) == f"model={tmp_path / 'none'}: no such folder"
+    assert "has no config.json" in machine_error(model=str(tmp_path))
+    (tmp_path / "weights.bin").touch()
+    assert "is a file" in machine_error(model=str(tmp_path / "weights.bin"))
+
+
+def test_data_files(tmp_path: Path) -> None:
+    assert machine_error(data_train=str(tmp_path / "x.jsonl")).endswith("no such file")
+    assert machine_error(data_train="x.jsonl").endswith("no such file")
+    assert "is a folder" in machine_error(data_eval=str(tmp_path))
+    (tmp_path / "x.csv").touch()
+    assert ".jsonl or .parquet" in machine_error(data_train=str(tmp_path / "x.csv"))
+    assert "names no problems" in machine_error(data_train="")
+
+
+def test_vllm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert "rollout.engine is vllm, which is not installed: run `make setup`" in machine_error()
+    check_machine(apply_overrides(CONFIG, ["rollout.engine=small"]))

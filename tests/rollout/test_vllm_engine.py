@@ -1,0 +1,263 @@
+"""The real vLLM on the CPU. One engine serves all tests of this module: its start takes half a minute."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from databus.messages import Sampling
+from rollout.config import RolloutConfig
+from rollout.engine.base import Completion, EngineError, GenerateRequest, Snapshot, UpdateFailed, UpdateReport
+from rollout.engine.vllm_engine import VllmEngine
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+CONFIG = RolloutConfig(context_tokens=400, max_sequences=64)
+TOLERANCE = 1e-4
+PROMPT = (6, 13, 8, 14)
+LONG_PROMPT = tuple(3 + (index * 7 + index // 5) % 14 for index in range(300))  # over two blocks of the KV cache
+DEADLINE_S = 90.0
+
+
+@dataclass
+class Served:
+    """The shared engine, the loop it lives in, and the weights that it serves now."""
+
+    engine: VllmEngine
+    runner: asyncio.Runner
+    weights: dict[str, torch.Tensor]
+
+    def run(self, scenario: Any) -> Any:
+        return self.runner.run(asyncio.wait_for(scenario, DEADLINE_S))
+
+    async def update(self, snapshot: Snapshot, weights: dict[str, torch.Tensor]) -> UpdateReport:
+        report = await self.engine.update(snapshot)
+        snapshot.close()
+        self.weights = weights
+        return report
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model: Path, tiny_weights: dict) -> Iterator[Served]:
+    engine = VllmEngine(CONFIG, str(tiny_model), seed=0, version=3)
+    with asyncio.Runner() as runner:
+        runner.run(asyncio.wait_for(engine.start(), 200))
+        yield Served(engine, runner, tiny_weights)
+        runner.run(asyncio.wait_for(engine.close(), 60))
+    assert not [child for child in psutil.Process().children(recursive=True) if "VLLM" in child.name()]
+
+
+def request(
+    group_id: str, size: int = 8, tokens: int = 60, temperature: float = 1.0, prompt: tuple[int, ...] = PROMPT
+) -> GenerateRequest:
+    sampling = Sampling(max_tokens=tokens, temperature=temperature)
+    return GenerateRequest(group_id=group_id, prompt_ids=prompt, group_size=size, sampling=sampling)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logprobs_are_those_of_the_sampling_distribution(
+    served: Served, reference: Callable, temperature: float
+) -> None:
+    completions: list[Completion] = served.run(
+        served.engine.generate(request(f"t{temperature}", temperature=temperature, size=16))
+    )
+    for completion in completions:
+        expected = reference(served.weights, PROMPT, completion, temperature)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE)
+        assert (completion.versions == served.engine.version).all()
+        assert completion.truncated == (completion.token_ids[-1] != 2)
+        assert (completion.token_ids[:-1] != 2).all()
+    different = len({tuple(completion.token_ids) for completion in completions})
+    assert different == 1 if temperature == 0.0 else different > 8
+
+
+def test_context_bounds_the_completion(served: Served) -> None:
+    prompt = LONG_PROMPT + LONG_PROMPT[:97]
+    completions: list[Completion] = served.run(
+        served.engine.generate(request("bounded", tokens=50, prompt=prompt, size=16))
+    )
+    assert max(len(completion.token_ids) for completion in completions) == 3
+    with pytest.raises(EngineError, match="prompt of 400 tokens, context of 400"):
+        served.run(served.engine.generate(request("full", prompt=prompt[:1] * 400)))
+
+
+def test_update_in_flight_switches_at_a_token(
+    served: Served, other_weights: Callable, make_snapshot: Callable, reference: Callable
+) -> None:
+    """Ten updates while groups come and go; every token's version must be that of the weights that sampled it."""
+    history = {served.engine.version: served.weights}
+    finished: list[list[Completion]] = []
+
+    async def keep_busy(lane: int) -> None:
+        for turn in range(1000):
+            if served.engine.version >= 13:
+                return
+            finished.append(await served.engine.generate(request(f"busy{lane}.{turn}", size=8, tokens=150)))
+
+    async def scenario() -> None:
+        lanes = [asyncio.ensure_future(keep_busy(lane)) for lane in range(6)]
+        for version in range(4, 14):
+            await asyncio.sleep(0.25)
+            history[version] = other_weights(version)
+            report = await served.update(make_snapshot(history[version], version), history[version])
+            assert 0 < report.pause_s < 30
+            assert served.engine.version == version
+        await asyncio.gather(*lanes)
+
+    served.run(scenario())
+    completions = [completion for group in finished for completion in group]
+    mixed = [completion for completion in completions if completion.versions[0] != completion.versions[-1]]
+    pure_later = [c for c in completions if c.versions[0] == c.versions[-1] and c.versions[0] > 3]
+    assert len(mixed) > 20
+    assert len(pure_later) > 20
+    for completion in completions:
+        assert (np.diff(completion.versions) >= 0).all()
+        first = completion.versions == completion.versions[0]
+        expected = reference(history[int(completion.versions[0])], PROMPT, completion, 1.0)
+        np.testing.assert_allclose(completion.logprobs[first], expected[first], atol=TOLERANCE)
+    for completion in mixed:  # the token after the switch is no longer the old weights'
+        switch = int((completion.versions == completion.versions[0]).sum())
+        old = reference(history[int(completion.versions[0])], PROMPT, completion, 1.0)
+        assert abs(old[switch] - completion.logprobs[switch]) > 1e-5
+
+
+def test_prefix_cache_is_not_shared_across_versions(
+    served: Served, other_weights: Callable, make_snapshot: Callable, reference: Callable
+) -> None:
+    new = other_weights(99)
+
+    async def scenario() -> list[Completion]:
+        await served.engine.generate(request("warm", prompt=LONG_PROMPT, tokens=4))
+        await served.update(make_snapshot(new, served.engine.version + 1), new)
+        return await served.engine.generate(request("after", prompt=LONG_PROMPT, tokens=4))
+
+    for completion in served.run(scenario()):
+        expected = reference(new, LONG_PROMPT, completion, 1.0)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE)
+
+
+def serves_what_it_says(served: Served, reference: Callable, name: str) -> bool:
+    completions: list[Completion] = served.run(served.engine.generate(request(name)))
+    return all(
+        np.abs(completion.logprobs - reference(served.weights, PROMPT, completion, 1.0)).max() < TOLERANCE
+        and (completion.versions == served.engine.version).all()
+        for completion in completions
+    )
+
+
+def test_a_corrupt_snapshot_changes_nothing(
+    served: Served, other_weights: Callable, make_snapshot: Callable, reference: Callable
+) -> None:
+    version = served.engine.version
+    snapshot = make_snapshot(other_weights(5), version + 1)
+    os.pwrite(snapshot.fd, b"\x55", 1000)
+    with pytest.raises(UpdateFailed, match="does not match its checksum"):
+        served.run(served.engine.update(snapshot))
+    lacking = {name: tensor for name, tensor in other_weights(5).items() if "layers.1.mlp.up_proj" not in name}
+    with pytest.raises(UpdateFailed, match=r"up_proj.weight' is missing"):
+        served.run(served.engine.update(make_snapshot(lacking, version + 1)))
+    assert served.engine.version == version
+    assert serves_what_it_says(served, reference, "after corrupt")
+
+
+def test_a_load_that_fails_half_way_is_rolled_back(
+    served: Served,
+    other_weights: Callable,
+    make_snapshot: Callable,
+    reference: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Anything:
+        def check(self, manifest: object) -> None:
+            pass
+
+    version = served.engine.version
+    weights = other_weights(6)
+    weights["model.norm.weight"] = torch.zeros(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine, "_expected", Anything())
+        with pytest.raises(UpdateFailed, match="rolled back"):
+            served.run(served.engine.update(make_snapshot(weights, version + 1)))
+    assert served.engine.version == version
+    assert serves_what_it_says(served, reference, "after rollback")
+    new = other_weights(7)
+    served.run(served.update(make_snapshot(new, version + 1), new))
+    assert serves_what_it_says(served, reference, "after the next update")
+
+
+def test_cancelling_aborts_in_the_engine(served: Served) -> None:
+    async def scenario() -> None:
+        endless = asyncio.ensure_future(served.engine.generate(request("endless", size=32, tokens=390)))
+        await asyncio.sleep(0.2)
+        assert served.engine.stats().running_sequences > 0
+        endless.cancel()
+        await asyncio.gather(endless, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        assert served.engine.stats().running_sequences == 0
+        assert not served.engine._llm.output_processor.has_unfinished_requests()
+        assert len(await served.engine.generate(request("endless", size=2))) == 2
+
+    served.run(scenario())
+
+
+ORPHAN_SCRIPT = """
+import asyncio, sys
+from rollout.config import RolloutConfig
+from rollout.engine.vllm_engine import VllmEngine
+
+async def main():
+    engine = VllmEngine(RolloutConfig(context_tokens=64, max_sequences=4), sys.argv[1], 0, 0)
+    await engine.start()
+    print("serving", flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("moment", ["starting", "serving"])
+def test_no_process_outlives_a_killed_parent(tiny_model: Path, tmp_path: Path, moment: str) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(ORPHAN_SCRIPT)
+    root = str(Path(__file__).parents[2])
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(tiny_model)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    with parent:
+        assert parent.stdout is not None
+        if moment == "starting":
+            wait_for_core(parent.pid)
+        else:
+            assert b"serving\n" in iter(parent.stdout.readline, b"")
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert children
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+    # one that was importing ends when it looks for its parent
+    assert not psutil.wait_procs(children, timeout=60)[1]
+
+
+def wait_for_core(parent: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        children = psutil.Process(parent).children(recursive=True)
+        if any("spawn_main" in " ".join(child.cmdline()) or "VLLM" in child.name() for child in children):
+            return
+        time.sleep(0.05)
+    raise AssertionError("no engine core within 120 s")
