@@ -71,6 +71,7 @@ class BusClient:
         self._wake.bind("inproc://wake")
         self._thread = threading.Thread(target=self._work, name=f"bus-{hello.name}", daemon=True)
         self._stopping = False
+        self._welcomed = False
         self._failure: BusError | None = None
         self._notify: Callable[[], object] | None = None
 
@@ -157,7 +158,8 @@ class BusClient:
             self._fail(BusError(f"the connection to the broker failed: {error}"))
         finally:
             wake.close(linger=0)
-            socket.close()
+            # A hello that nobody took is not worth waiting for.
+            socket.close(linger=None if self._welcomed else 0)
 
     def _loop(self, socket: zmq.Socket, wake: zmq.Socket) -> None:
         poller = zmq.Poller()
@@ -201,6 +203,7 @@ class BusClient:
             if beat.welcome is not None:
                 return  # an answer to a hello that was repeated
             beat.welcomed(message)
+            self._welcomed = True
             self._put(Arrived(message, ()))
             self._send_all(socket, beat)
             return

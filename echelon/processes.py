@@ -14,6 +14,7 @@ import psutil
 
 POLL_S = 0.05
 REPORT_BYTES = 4096
+LINE_LENGTH = 300
 
 
 class Child:
@@ -56,7 +57,8 @@ class Child:
         if killed_by:
             hint = " (out of memory, perhaps)" if killed_by == signal.SIGKILL else ""
             return f"was killed by {_signal_name(killed_by)}{hint}"
-        return f"ended with exit code {code}"
+        words = f"ended with exit code {code}"
+        return f"{words}: {last_line}" if code and (last_line := _last_line(self.log)) else words
 
     def terminate(self) -> None:
         """Ask it to leave; it tells its own children."""
@@ -122,11 +124,22 @@ def _runs(process: psutil.Process, module: str) -> bool:
 
 def _signal_of_a_rank(log: Path) -> int | None:
     """torchrun's agent survives its ranks and exits with 1; its report says `exitcode  : -9 (pid: 123)`."""
-    with contextlib.suppress(OSError), log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - REPORT_BYTES))
-        found = re.findall(rb"exitcode\s*:\s*-(\d+)", file.read())
-        return int(found[0]) if found else None
-    return None
+    found = re.findall(r"exitcode\s*:\s*-(\d+)", _tail(log))
+    return int(found[0]) if found else None
+
+
+def _last_line(log: Path) -> str:
+    """What it said last: of a traceback, the error."""
+    return next((line.strip() for line in reversed(_tail(log).splitlines()) if line.strip()), "")[:LINE_LENGTH]
+
+
+def _tail(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - REPORT_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _signal_name(number: int) -> str:

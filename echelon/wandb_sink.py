@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 CLOSE_S = 30.0
 SAMPLES_PER_TABLE = 8
-COLUMNS = ["step", "prompt", "completion", "reward", "truncated", "versions"]
+COLUMNS: list[Any] = ["step", "prompt", "completion", "reward", "truncated", "versions"]
 
 
 class WandbSink:

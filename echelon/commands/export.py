@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from echelon.run_folder import RunFolder
-from learner.checkpoint_folder import checkpoint_path, latest_checkpoint, list_checkpoints
+from learner.checkpoint_folder import checkpoint_path, list_checkpoints
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -25,7 +25,7 @@ def _checkpoint(folder: RunFolder, step: int | None) -> Path:
     checkpoints = list_checkpoints(folder.checkpoints)
     if not checkpoints:
         raise ValueError(f"{folder.path} has no checkpoint yet")
-    chosen = latest_checkpoint(folder.checkpoints) if step is None else checkpoint_path(folder.checkpoints, step)
+    chosen = checkpoints[-1] if step is None else checkpoint_path(folder.checkpoints, step)
     if chosen not in checkpoints:
         raise ValueError(
             f"{folder.path} has no {chosen.name}: there are {', '.join(path.name for path in checkpoints)}"

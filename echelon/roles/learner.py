@@ -5,8 +5,11 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from databus.client import BusClient
+from databus.codec import Frame
 from databus.errors import BusLost
 from databus.messages import Hello
 from echelon.errors import role_main
@@ -43,11 +46,20 @@ def learn(folder: RunFolder) -> None:
     run_learner(config.learner, run, lambda version: connect(folder, version))
 
 
-class LearnerBus(BusClient):
-    """Says goodbye when it closes, so that the broker need not wait for a silence."""
+class LearnerBus:
+    """The connection as the learner wants it; it says goodbye, so that the broker need not wait for a silence."""
 
-    def close(self, goodbye: str | None = "done") -> None:
-        super().close(goodbye)
+    def __init__(self, client: BusClient) -> None:
+        self._client = client
+
+    def send(self, message: Any) -> None:
+        self._client.send(message)
+
+    def recv(self, timeout: float) -> tuple[Any, Sequence[Frame]] | None:
+        return self._client.recv(timeout)
+
+    def close(self) -> None:
+        self._client.close(goodbye="done")
 
 
 def connect(folder: RunFolder, version: int) -> LearnerBus:
@@ -56,9 +68,9 @@ def connect(folder: RunFolder, version: int) -> LearnerBus:
     assert record is not None
     host = socket.gethostname()
     hello = Hello(role="learner", name="learner", run_id=record.run_id, version=version, pid=os.getpid(), host=host)
-    bus = LearnerBus(record.address, hello, max_message_bytes=folder.config().bus.max_message_bytes)
-    bus.connect(CONNECT_S)
-    return bus
+    client = BusClient(record.address, hello, max_message_bytes=folder.config().bus.max_message_bytes)
+    client.connect(CONNECT_S)
+    return LearnerBus(client)
 
 
 def consequences() -> tuple[type[BaseException], ...]:

@@ -256,10 +256,11 @@ def test_batch_request_is_idempotent(address: str) -> None:
     RunningBroker(broker_config(address))
     ScriptedWorker(address)
     learner = ScriptedLearner(address)
+    batches = []
     for _ in range(2):
         learner.client.send(BatchRequest(step=0))
-    first, second = receive(learner.client, Batch), receive(learner.client, Batch)
-    assert first == second
+        batches.append(receive(learner.client, Batch))
+    assert batches[0] == batches[1]
     learner.client.send(BatchRequest(step=5))
     assert "the run is at 0" in receive(learner.client, Refused).reason
     learner.client.close("done")

@@ -52,7 +52,7 @@ def alive(pid: int) -> bool:
 def test_output_goes_to_the_log(folder: Path) -> None:
     child = start(folder, "worker-0", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)")
     assert wait_all([child], 10)
-    assert child.how_it_ended() == "ended with exit code 3"
+    assert child.how_it_ended() in ("ended with exit code 3: out", "ended with exit code 3: err")
     assert sorted(child.log.read_text().split()) == ["err", "out"]
 
 

@@ -1,0 +1,2 @@
+"""placeholder until rollout.worker exists"""
+raise RuntimeError("no worker yet")

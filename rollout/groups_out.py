@@ -1,0 +1,53 @@
+"""A generated and scored group as the columns of a `Completed` message."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from databus.codec import Frame, encode_columns
+from databus.groups import Group, run_lengths
+from databus.messages import Completed
+from rollout.engine.base import Completion
+
+
+def encode_group(
+    group_id: str,
+    prompt_ids: Sequence[int],
+    completions: Sequence[Completion],
+    parts: Sequence[dict[str, float]],
+    *,
+    generate_s: float,
+    score_s: float,
+) -> tuple[Completed, list[Frame]]:
+    """The message and its frames. `parts`: of each completion's reward, in order; a part that one lacks is 0."""
+    names = tuple(dict.fromkeys(name for each in parts for name in each))
+    group = make_group(prompt_ids, completions, parts, names)
+    columns, frames = encode_columns(group.columns())
+    message = Completed(group_id=group_id, columns=columns, reward_names=names, generate_s=generate_s, score_s=score_s)
+    return message, frames
+
+
+def make_group(
+    prompt_ids: Sequence[int],
+    completions: Sequence[Completion],
+    parts: Sequence[dict[str, float]],
+    names: Sequence[str],
+) -> Group:
+    """Columns as `databus.groups.GROUP_COLUMNS`; every token of a completion bears loss."""
+    lengths = np.array([len(completion.token_ids) for completion in completions], np.int32)
+    versions = np.concatenate([completion.versions for completion in completions])
+    logprobs = np.concatenate([completion.logprobs for completion in completions])
+    version_values, version_lengths = run_lengths(versions)
+    reward_parts = np.array([[each.get(name, 0.0) for name in names] for each in parts], np.float32)
+    return Group(
+        prompt_ids=np.array(prompt_ids, np.int32),
+        lengths=lengths,
+        token_ids=np.concatenate([completion.token_ids for completion in completions]),
+        logprobs=np.minimum(logprobs, np.float32(0.0)),  # rounding may leave a certain token a hair above 0
+        loss_mask=np.ones(int(lengths.sum()), np.uint8),
+        version_values=version_values,
+        version_lengths=version_lengths,
+        rewards=np.array([sum(each.values()) for each in parts], np.float32),
+        reward_parts=reward_parts.reshape(len(completions), len(names)),
+        truncated=np.array([completion.truncated for completion in completions], np.uint8),
+    )

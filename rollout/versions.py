@@ -1,0 +1,92 @@
+"""Follows the learner's versions: pulls the newest one announced, and has the engine serve it."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+from databus.messages import VersionAnnounced, VersionApplied
+from rollout.engine.base import Engine, EngineDead, Snapshot, UpdateFailed
+from rollout.weights_in import PullError, VersionGoneError, pull_snapshot
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3
+GONE_TIMEOUT_S = 300.0
+
+Pull = Callable[[str, int, int], Snapshot]
+
+
+class VersionFollower:
+    """Generation goes on while a version is pulled; versions that are overtaken meanwhile are never pulled."""
+
+    def __init__(self, engine: Engine, applied: Callable[[VersionApplied], None], pull: Pull = pull_snapshot) -> None:
+        """Args: applied: told of every version that the engine serves from now on, before any group that has it."""
+        self._engine = engine
+        self._applied = applied
+        self._pull = pull
+        self._newest: VersionAnnounced | None = None
+        self._announced = asyncio.Event()
+        self._switch = asyncio.Lock()
+
+    def announce(self, message: VersionAnnounced) -> None:
+        if self._newest is None or message.version > self._newest.version:
+            self._newest = message
+            self._announced.set()
+
+    @contextlib.asynccontextmanager
+    async def steady(self) -> AsyncIterator[None]:
+        """No version is being switched to inside: what is sent comes after the notice of the versions it has."""
+        async with self._switch:
+            yield
+
+    async def run(self) -> None:
+        """Never returns. Raises: EngineDead; PullError or UpdateFailed once a version has failed three times."""
+        failures = 0
+        while True:
+            target = await self._next()
+            try:
+                await self._apply(target)
+                failures = 0
+            except VersionGoneError as error:
+                logger.warning("%s; waiting for a newer one", error)
+                await self._newer_than(target)
+            except (PullError, UpdateFailed) as error:
+                failures += 1
+                logger.warning("serving version %d still: %s", self._engine.version, error)
+                if failures == MAX_FAILURES:
+                    raise
+
+    async def _next(self) -> VersionAnnounced:
+        while self._newest is None or self._newest.version <= self._engine.version:
+            self._announced.clear()
+            await self._announced.wait()
+        return self._newest
+
+    async def _newer_than(self, gone: VersionAnnounced) -> None:
+        try:
+            async with asyncio.timeout(GONE_TIMEOUT_S):
+                while self._newest is None or self._newest.version <= gone.version:
+                    self._announced.clear()
+                    await self._announced.wait()
+        except TimeoutError:
+            raise EngineDead(f"version {gone.version} is gone, and no newer one came in {GONE_TIMEOUT_S:g} s") from None
+
+    async def _apply(self, target: VersionAnnounced) -> None:
+        started = time.monotonic()
+        snapshot = await asyncio.to_thread(self._pull, target.address, target.version, target.num_bytes)
+        try:
+            async with self._switch:
+                report = await self._engine.update(snapshot)
+                self._applied(
+                    VersionApplied(
+                        version=target.version,
+                        pause_s=report.pause_s,
+                        sync_s=time.monotonic() - started,
+                        received_bytes=snapshot.manifest.num_bytes,
+                    )
+                )
+        finally:
+            snapshot.close()
+        logger.info("version %d applied, pause %.3f s", target.version, report.pause_s)

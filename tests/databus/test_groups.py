@@ -1,0 +1,80 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted import make_group
+
+from databus.codec import MalformedMessage
+from databus.groups import GROUP_COLUMNS, group_from_columns, run_lengths
+
+columns = make_group((1, 2), [[0, 0, 1], [1, 1]]).columns()
+
+
+@given(st.lists(st.integers(0, 3), max_size=30))
+def test_run_lengths_round_trip(values: list[int]) -> None:
+    flat = np.array(values, np.int32)
+    spans, lengths = run_lengths(flat)
+    assert np.repeat(spans, lengths).tolist() == values
+    assert (lengths > 0).all() and (spans[1:] != spans[:-1]).all()
+
+
+def test_good_group_passes() -> None:
+    group = group_from_columns(columns)
+    assert group.token_versions().tolist() == [0, 0, 1, 1, 1]
+    assert (group.size, group.num_tokens, group.oldest_loss_version()) == (2, 5, 0)
+
+
+def test_oldest_version_counts_loss_bearing_tokens_alone() -> None:
+    assert make_group((1,), [[0, 0], [2, 3]], loss_mask=[0, 0, 1, 1]).oldest_loss_version() == 2
+    assert make_group((1,), [[0], [0]], loss_mask=[0, 0]).oldest_loss_version() is None
+
+
+@pytest.mark.parametrize("name", list(GROUP_COLUMNS))
+def test_missing_column(name: str) -> None:
+    with pytest.raises(MalformedMessage, match=name):
+        group_from_columns({key: value for key, value in columns.items() if key != name})
+
+
+@pytest.mark.parametrize("name", list(GROUP_COLUMNS))
+def test_wrong_dtype(name: str) -> None:
+    with pytest.raises(MalformedMessage, match=name):
+        group_from_columns(columns | {name: columns[name].astype(np.float64)})
+
+
+@pytest.mark.parametrize("name", list(GROUP_COLUMNS))
+def test_column_too_long(name: str) -> None:
+    if name == "prompt_ids":
+        return  # any length of prompt is right here; the broker compares it with the lease
+    longer = np.concatenate((columns[name], columns[name][-1:]))
+    with pytest.raises(MalformedMessage):
+        group_from_columns(columns | {name: longer})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("token_ids", -1),
+        ("prompt_ids", -5),
+        ("version_values", -1),
+        ("loss_mask", 2),
+        ("truncated", 7),
+        ("logprobs", np.nan),
+        ("logprobs", 0.5),
+        ("logprobs", -np.inf),
+        ("rewards", np.inf),
+        ("reward_parts", np.nan),
+    ],
+)
+def test_bad_values(name: str, value: Any) -> None:
+    array = columns[name].copy()
+    array.flat[0] = value
+    with pytest.raises(MalformedMessage, match=name):
+        group_from_columns(columns | {name: array})
+
+
+def test_lengths_that_only_overflow_into_the_right_sum() -> None:
+    lengths = np.array([2**31 - 1, 2**31 - 1, 7], np.int32)  # 5 modulo 2**32
+    with pytest.raises(MalformedMessage):
+        group_from_columns(columns | {"lengths": lengths})

@@ -1,0 +1,156 @@
+"""Sockets, names, deadlines: the bus without a broker's logic."""
+
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from databus.address import check_address, resolve_address
+from databus.client import BusClient
+from databus.codec import MalformedMessage
+from databus.errors import BusLost, BusTimeout
+from databus.messages import Credits, Goodbye, Heartbeat, HeartbeatReply, Hello, Stop, Welcome
+from databus.transport import BrokerSocket
+
+LIMIT = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://0.0.0.0:5555", "tcp://10.0.0.1:5555", "tcp://example.org:1", "udp://127.0.0.1:1", "ipc://", "x"]
+)
+def test_addresses_beyond_this_machine_are_refused(address: str) -> None:
+    with pytest.raises(ValueError, match="not allowed"):
+        check_address(address)
+    with pytest.raises(ValueError, match="not allowed"):
+        BrokerSocket(address, LIMIT)
+
+
+def test_auto_address_survives_a_long_folder(tmp_path: Path) -> None:
+    assert resolve_address("auto", Path("/tmp/run")) == "ipc:///tmp/run/bus.sock"
+    long = resolve_address("auto", tmp_path / ("x" * 120))
+    assert len(long) < 108 and Path(long.removeprefix("ipc://")).parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_port_in_use_is_one_clear_line() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ValueError, match=r"cannot listen on bus\.address=.*: Address already in use"):
+            BrokerSocket(address, LIMIT)
+
+
+def test_ipc_socket_of_a_living_broker_is_not_taken_over(address: str) -> None:
+    broker = BrokerSocket(address, LIMIT)
+    with pytest.raises(ValueError, match="Address already in use"):
+        BrokerSocket(address, LIMIT)
+    broker.close()
+    BrokerSocket(address, LIMIT).close()  # what a dead one left behind is no obstacle
+
+
+def test_tcp_loopback_carries_messages() -> None:
+    broker = BrokerSocket("tcp://127.0.0.1:*", LIMIT)
+    assert broker.address.startswith("tcp://127.0.0.1:")
+    client = _connected(broker, broker.address)
+    client.send(Credits(total=3), [b"abc"])
+    received = _next(broker, Credits)
+    assert received.peer == "w" and bytes(received.frames[0]) == b"abc"
+    client.close("done")
+    assert _next(broker, Goodbye).message == Goodbye(reason="done")
+    broker.close()
+
+
+def test_unknown_peer_is_reported_not_dropped(address: str) -> None:
+    broker = BrokerSocket(address, LIMIT)
+    assert not broker.send("nobody", Stop(reason="x"))
+    broker.close()
+
+
+def test_nobody_there_is_a_timeout(address: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(BusTimeout, match=r"no broker answered at ipc://.* within 0\.3 s"):
+        BusClient(address, Hello(role="worker", name="w")).connect(0.3)
+    assert time.monotonic() - started < 5
+
+
+def test_silent_broker_is_lost_and_stays_lost(address: str) -> None:
+    broker = BrokerSocket(address, LIMIT)
+    client = _connected(broker, address, peer_timeout_s=0.4)
+    with pytest.raises(BusLost, match=r"nothing heard from the broker for 0\.4 s"):
+        client.recv(5.0)
+    with pytest.raises(BusLost):
+        client.recv(0.1)
+    with pytest.raises(BusLost):
+        client.send(Credits(total=1))
+    client.close()
+    broker.close()
+
+
+def test_heartbeats_go_on_while_the_owner_computes(address: str) -> None:
+    broker = BrokerSocket(address, LIMIT)
+    client = _connected(broker, address, heartbeat_s=0.05)
+    beats = 0
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        received = broker.receive(0.1)
+        if received is not None and isinstance(received.message, Heartbeat):
+            broker.send("w", HeartbeatReply(version=0))
+            beats += 1
+    assert beats >= 8
+    client.close()
+    broker.close()
+
+
+def test_malformed_message_is_handed_over_as_such(address: str) -> None:
+    import zmq
+
+    broker = BrokerSocket(address, LIMIT)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as raw:
+        raw.setsockopt(zmq.LINGER, 0)
+        raw.connect(address)
+        raw.send_multipart([b"\xff\xff\xff"])
+        received = broker.receive(2.0)
+        assert received is not None and isinstance(received.message, MalformedMessage)
+        raw.send_multipart([b""] * 5000)
+        received = broker.receive(2.0)
+        assert received is not None and "5000 frames" in str(received.message)
+    broker.close()
+
+
+def test_round_trip_takes_no_polling_interval(address: str) -> None:
+    """send() wakes the bus thread: a hundred round trips in a row take milliseconds, not a hundred timeouts."""
+    broker = BrokerSocket(address, LIMIT)
+    client = _connected(broker, address)
+    started = time.monotonic()
+    for total in range(100):
+        client.send(Credits(total=total))
+        _next(broker, Credits)
+        broker.send("w", Stop(reason=str(total)))
+        arrived = client.recv(1.0)
+        assert arrived is not None and arrived.message == Stop(reason=str(total))
+    assert time.monotonic() - started < 2.0
+    client.close()
+    broker.close()
+
+
+def _next(broker: BrokerSocket, kind: type):
+    """The next message of a kind; heartbeats and the like are passed over."""
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline:
+        received = broker.receive(0.2)
+        if received is not None and isinstance(received.message, kind):
+            return received
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def _connected(broker: BrokerSocket, address: str, heartbeat_s: float = 0.1, peer_timeout_s: float = 5.0) -> BusClient:
+    client = BusClient(address, Hello(role="worker", name="w"))
+    connecting = threading.Thread(target=client.connect, args=(5.0,))
+    connecting.start()
+    _next(broker, Hello)
+    broker.send("w", Welcome(run_id="r", heartbeat_s=heartbeat_s, peer_timeout_s=peer_timeout_s))
+    connecting.join(5.0)
+    assert not connecting.is_alive()
+    return client
