@@ -44,10 +44,9 @@ def report(error: Exception) -> int:
         import traceback
 
         traceback.print_exception(error)
-    text = " ".join(str(error).split()) or type(error).__name__
-    if not isinstance(error, ValueError | RuntimeError | OSError):
-        text = f"{type(error).__name__}: {text} ({TRACEBACK_VARIABLE}=1 shows where)"
-    sys.stderr.write(f"echelon: {text}\n")
+    from echelon.errors import message_of
+
+    sys.stderr.write(f"echelon: {message_of(error)}\n")
     return getattr(error, "exit_code", BAD_INPUT if isinstance(error, ValueError) else FAILED)
 
 

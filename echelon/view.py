@@ -130,11 +130,11 @@ def _bar(progress: Progress) -> Table:
     line.add_column(no_wrap=True)
     line.add_column(ratio=1)
     line.add_column(no_wrap=True, justify="right")
-    left = duration(eta) + " left" if eta is not None else f"{progress.phase} ({progress.phase_s:.0f} s)"
+    left = f"ETA [bold]{duration(eta)}[/]" if eta is not None else ""
     line.add_row(
         f"step [bold]{progress.steps_done}[/]/{progress.steps}",
         ProgressBar(total=progress.steps, completed=progress.steps_done),
-        f"{left}  [dim]{duration(progress.elapsed_s)}[/]",
+        f"{left}  [dim]elapsed {duration(progress.elapsed_s)}[/]",
     )
     return line
 

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
 from databus.messages import VersionAnnounced, VersionApplied
-from rollout.engine.base import Engine, EngineDead, Snapshot, UpdateFailed
+from rollout.engine.base import Engine, Snapshot, UpdateFailed
 from rollout.weights_in import PullError, VersionGoneError, pull_snapshot
 
 logger = logging.getLogger(__name__)
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES = 3
 GONE_TIMEOUT_S = 300.0
 
-Pull = Callable[[str, int, int], Snapshot]
+Pull = Callable[[str, int, int, threading.Event], Snapshot]
 
 
 class VersionFollower:
@@ -71,11 +72,15 @@ class VersionFollower:
                     self._announced.clear()
                     await self._announced.wait()
         except TimeoutError:
-            raise EngineDead(f"version {gone.version} is gone, and no newer one came in {GONE_TIMEOUT_S:g} s") from None
+            raise PullError(f"version {gone.version} is gone, and no newer one came in {GONE_TIMEOUT_S:g} s") from None
 
     async def _apply(self, target: VersionAnnounced) -> None:
         started = time.monotonic()
-        snapshot = await asyncio.to_thread(self._pull, target.address, target.version, target.num_bytes)
+        stop = threading.Event()
+        try:
+            snapshot = await asyncio.to_thread(self._pull, target.address, target.version, target.num_bytes, stop)
+        finally:
+            stop.set()  # a cancelled task leaves its thread behind
         try:
             async with self._switch:
                 report = await self._engine.update(snapshot)

@@ -7,6 +7,7 @@ PullError
 import logging
 import mmap
 import os
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 OUTSTANDING_CHUNKS = 8
 MAX_MESSAGE_BYTES = 1 << 27
+POLL_MS = 100
 
 _decoder: "msgspec.msgpack.Decoder[FromWeightServer]" = msgspec.msgpack.Decoder(FromWeightServer)
 
@@ -45,10 +47,12 @@ class PullLimits:
     silence_s: float = 60.0
 
 
-def pull_snapshot(address: str, version: int, num_bytes: int, limits: PullLimits | None = None) -> Snapshot:
-    """Fetch `version`, check every tensor's xxh3, and return it; whoever gets it closes it. Blocks: call it in a thread.
+def pull_snapshot(
+    address: str, version: int, num_bytes: int, stop: threading.Event, limits: PullLimits | None = None
+) -> Snapshot:
+    """Fetch `version`, check every tensor's xxh3, and return it; whoever gets it closes it. Blocks for seconds.
 
-    Args: num_bytes: its size as it was announced.
+    Args: num_bytes: its size as it was announced. stop: once set, the pull ends within a moment.
     Raises: VersionGoneError; PullError for silence, a wrong answer, or a checksum that does not match; ValueError for
         an address that the bus may not use.
     """
@@ -56,7 +60,7 @@ def pull_snapshot(address: str, version: int, num_bytes: int, limits: PullLimits
     socket = make_socket(context, zmq.DEALER, MAX_MESSAGE_BYTES)
     try:
         socket.connect(check_address(address))
-        return _Pull(socket, version, num_bytes, limits or PullLimits()).run()
+        return _Pull(socket, version, num_bytes, stop, limits or PullLimits()).run()
     except MalformedMessage as error:
         raise PullError(f"version {version}: the weight server sent something malformed: {error}") from error
     finally:
@@ -70,6 +74,7 @@ class _Pull:
     socket: zmq.Socket
     version: int
     num_bytes: int
+    stop: threading.Event
     limits: PullLimits
     _asked: dict[int, float] = field(default_factory=dict)
     _heard: float = field(default_factory=time.monotonic)
@@ -132,7 +137,9 @@ class _Pull:
         silence = time.monotonic() - self._heard
         if silence > self.limits.silence_s:
             raise PullError(f"version {self.version}: the weight server has been silent for {silence:.0f} s")
-        if not self.socket.poll(min(self.limits.resend_s, self.limits.silence_s) * 1000 / 4):
+        if self.stop.is_set():
+            raise PullError(f"version {self.version}: given up, the worker stops")
+        if not self.socket.poll(POLL_MS):
             return None
         header, *frames = self.socket.recv_multipart(copy=False)
         self._heard = time.monotonic()

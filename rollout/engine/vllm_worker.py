@@ -80,6 +80,7 @@ def _repack_kept_weights(model: torch.nn.Module) -> None:
     oneDNN multiplies by a packed copy, made from the weight that both share; reloading packs only layers that
     appear in the checkpoint, and the output layer does not. Layers whose weight is kept are packed here.
     """
+    layer: Any
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
         if hasattr(layer, "cpu_linear") and weight is not None and weight.ndim == 2 and weight.numel():

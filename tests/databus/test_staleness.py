@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from hypothesis import settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scripted import make_group
@@ -67,8 +67,8 @@ class StalenessMachine(RuleBasedStateMachine):
 
     @rule(worker=st.integers(0, 1))
     def lease(self, worker: int) -> None:
-        room = self.gate.capacity(self.serving[worker], self.ledger.accepted, self.ledger.running)
-        if room > 0:
+        """A worker fills up, so that steps with little lag are as likely as those at the bound."""
+        for _ in range(self.gate.capacity(self.serving[worker], self.ledger.accepted, self.ledger.running)):
             entry = self.ledger.lease()
             self.running[entry.group_id] = (entry, worker, [self.serving[worker]])
 
@@ -82,10 +82,13 @@ class StalenessMachine(RuleBasedStateMachine):
                     versions.append(self.serving[worker])
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def complete(self, data: st.DataObject) -> None:
-        entry, _, versions = self.running.pop(data.draw(st.sampled_from(sorted(self.running))))
-        self._complete(entry, versions)
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def complete(self, data: st.DataObject, count: int) -> None:
+        """Mostly the youngest: an old one that stays behind is what becomes stale."""
+        for _ in range(min(count, len(self.running))):
+            youngest = sorted(self.running, key=lambda group_id: -self.running[group_id][0].order)
+            entry, _, versions = self.running.pop(data.draw(st.sampled_from(youngest)))
+            self._complete(entry, versions)
 
     @precondition(lambda self: self.late)
     @rule(data=st.data())
@@ -100,7 +103,7 @@ class StalenessMachine(RuleBasedStateMachine):
             self.late.pop(other.group_id, None)
         self.queue.add(Waiting(entry, make_group((1,), [versions, versions[-1:]]), (), ""))
 
-    @precondition(lambda self: self.running)
+    @precondition(lambda self: len(self.running) > 2)
     @rule(data=st.data(), failed=st.booleans())
     def lose(self, data: st.DataObject, failed: bool) -> None:
         entry, _, versions = self.running.pop(data.draw(st.sampled_from(sorted(self.running))))
@@ -110,9 +113,23 @@ class StalenessMachine(RuleBasedStateMachine):
             self.ledger.expire(entry)
             self.late[entry.group_id] = (entry, versions)
 
+    @rule(left=st.integers(0, 2))
+    def whole_round(self, left: int) -> None:
+        """What mostly happens: all serve the newest version and fill up, all but the oldest complete, a step."""
+        for worker in (0, 1):
+            self.apply_version(worker, to_newest=True)
+            self.lease(worker)
+        for group_id in sorted(self.running, key=lambda each: self.running[each][0].order)[left:]:
+            if group_id in self.running:
+                entry, _, versions = self.running.pop(group_id)
+                self._complete(entry, versions)
+        self.train()
+
+    @precondition(lambda self: len(self.queue) >= self.BATCH)
     @rule()
     def train(self) -> None:
         def stale(entry: Entry) -> None:
+            event("stale")
             if self.policy == "requeue":
                 self.ledger.requeue(entry)
             else:
@@ -153,5 +170,5 @@ class StalenessMachine(RuleBasedStateMachine):
             assert settled - requeued + pending == self.ledger.next_cursor
 
 
-StalenessMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+StalenessMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 test_staleness_machine = StalenessMachine.TestCase

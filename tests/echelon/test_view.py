@@ -53,7 +53,7 @@ def test_panel_shows_the_run() -> None:
         "my_recipe",
         "/runs/[1]",
         "step 5/10",
-        "10 s left",
+        "ETA 10 s",
         "0.400",
         "0.250 → 0.650",
         "learner v4, worker-0 v3",

@@ -1,0 +1,95 @@
+"""The work of one lease: generate, score, and make the message that says what came of it."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from msgspec import Struct
+
+from databus.codec import Frame
+from databus.messages import Failed, Lease, Released
+from rewards.errors import RewardError
+from rewards.sample import Sample
+from rollout.engine.base import Completion, Engine, EngineDead, EngineError, GenerateRequest
+from rollout.groups_out import encode_group
+
+logger = logging.getLogger(__name__)
+
+Outcome = tuple[Struct, Sequence[Frame]]
+Detokenize = Callable[[Sequence[int]], str]
+
+
+class Scorer(Protocol):
+    """Scores the completions of a group; `rewards.pool.RewardPool` is one."""
+
+    async def score(self, samples: list[Sample]) -> list[dict[str, float]]:
+        """Raises: RewardError."""
+        ...
+
+
+@dataclass(frozen=True)
+class LeaseWork:
+    """What every lease needs. detokenize: token ids to text without special tokens."""
+
+    engine: Engine
+    scorer: Scorer
+    detokenize: Detokenize
+
+    async def run(self, lease: Lease, generated: Callable[[], None]) -> Outcome:
+        """`Completed`, `Failed`, or `Released` where the lease's time has run out. Raises: EngineDead.
+
+        Args: generated: called when the engine has room again, scored or not.
+        """
+        try:
+            async with asyncio.timeout(lease.lease_s):
+                return await self._complete(lease, generated)
+        except TimeoutError:
+            logger.warning("group %s took longer than its lease of %g s", lease.group_id, lease.lease_s)
+            return Released(group_ids=(lease.group_id,)), ()
+        except EngineDead:
+            raise
+        except EngineError as error:
+            return Failed(group_id=lease.group_id, cause="engine", error=str(error)), ()
+        except RewardError as error:
+            return Failed(group_id=lease.group_id, cause="reward", error=str(error)), ()
+
+    async def _complete(self, lease: Lease, generated: Callable[[], None]) -> Outcome:
+        started = time.monotonic()
+        try:
+            completions = await self.engine.generate(
+                GenerateRequest(
+                    group_id=lease.group_id,
+                    prompt_ids=lease.prompt_ids,
+                    group_size=lease.group_size,
+                    sampling=lease.sampling,
+                )
+            )
+        finally:
+            generated()
+        generated_at = time.monotonic()
+        parts = await self.scorer.score(self._samples(lease, completions))
+        return encode_group(
+            lease.group_id,
+            lease.prompt_ids,
+            completions,
+            parts,
+            generate_s=generated_at - started,
+            score_s=time.monotonic() - generated_at,
+        )
+
+    def _samples(self, lease: Lease, completions: list[Completion]) -> list[Sample]:
+        problem = json.loads(lease.problem)
+        return [
+            Sample(
+                prompt=lease.prompt,
+                completion=self.detokenize(completion.token_ids.tolist()),
+                problem=problem,
+                num_tokens=len(completion.token_ids),
+                truncated=completion.truncated,
+            )
+            for completion in completions
+        ]

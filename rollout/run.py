@@ -1,0 +1,122 @@
+"""A rollout worker's process: start the engine and the scoring pool, join the run, work until told to stop."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from databus.client import BusClient
+from databus.messages import Heartbeat, Stop
+from databus.process import die_with_parent
+from rewards.config import RewardConfig
+from rewards.pool import RewardPool
+from rollout.config import RolloutConfig
+from rollout.engine.base import Engine
+from rollout.engine.factory import make_engine
+from rollout.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+CONNECT_S = 60.0
+
+MakeClient = Callable[[int, Callable[[], Heartbeat]], BusClient]
+
+
+class RunFailedError(Exception):
+    """The broker ended the run because something had failed elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerRun:
+    """model: folder or hub id; the initial policy, version 0. reward_dir: what a reward's path is relative to."""
+
+    model: str
+    seed: int
+    group_size: int
+    reward_dir: Path
+
+
+async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun, make_client: MakeClient) -> None:
+    """Work until the broker says stop, or this process gets SIGTERM.
+
+    Args: make_client: from the version that the engine serves and a source of heartbeats, a client not connected yet.
+    Raises: ValueError for what a user wrote; RunFailedError where the run failed elsewhere; else what broke: BusError,
+        EngineDead, PullError, UpdateFailed, WorkerRefusedError.
+    """
+    engine = make_engine(config, run.model, run.seed, version=0)
+    pool = RewardPool(reward, run.reward_dir, initializer=die_with_parent)
+    with interrupts() as on_signal:
+        try:
+            await pool.start()
+            await engine.start()
+            logger.info("engine ready, version %d", engine.version)
+            detokenize = await asyncio.to_thread(load_detokenizer, run.model)
+            client = make_client(engine.version, lambda: heartbeat(engine))
+            stop = await _serve(client, engine, pool, detokenize, config, run, on_signal)
+        finally:
+            await asyncio.gather(engine.close(), pool.close(), return_exceptions=True)
+    if not stop.ok:
+        raise RunFailedError(stop.reason)
+
+
+async def _serve(
+    client: BusClient,
+    engine: Engine,
+    pool: RewardPool,
+    detokenize: Callable[[Sequence[int]], str],
+    config: RolloutConfig,
+    run: WorkerRun,
+    on_signal: "list[Callable[[], None]]",
+) -> Stop:
+    await asyncio.to_thread(client.connect, CONNECT_S)
+    goodbye = "failed"
+    try:
+        worker = Worker(client, engine, pool, detokenize, group_size=run.group_size, max_sequences=config.max_sequences)
+        on_signal.append(lambda: worker.stop("told to stop"))
+        stop = await worker.run()
+        goodbye = stop.reason
+        return stop
+    finally:
+        await asyncio.to_thread(client.close, goodbye)
+
+
+def heartbeat(engine: Engine) -> Heartbeat:
+    stats = engine.stats()
+    return Heartbeat(running_sequences=stats.running_sequences, generated_tokens=stats.generated_tokens)
+
+
+def load_detokenizer(model: str) -> Callable[[Sequence[int]], str]:
+    """Token ids to text, special tokens left out."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator["list[Callable[[], None]]"]:
+    """While inside, SIGTERM and SIGINT call what was last put on the list.
+
+    While it is empty the process ends at once: it holds no lease, and its children are tied to its life. Waiting for
+    a model to be loaded before leaving would take a minute.
+    """
+    actions: list[Callable[[], None]] = []
+
+    def interrupted() -> None:
+        if not actions:
+            os._exit(128 + signal.SIGTERM)
+        actions[-1]()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, interrupted)
+    try:
+        yield actions
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

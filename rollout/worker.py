@@ -1,0 +1,214 @@
+"""The rollout worker: takes leases, answers each with a scored group, and follows the learner's versions.
+
+It keeps nothing that cannot be lost: what it holds when it dies is leased again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from msgspec import Struct
+
+from databus.client import Arrived
+from databus.codec import Frame
+from databus.errors import BusError
+from databus.messages import (
+    Ack,
+    Cancel,
+    Completed,
+    Credits,
+    Failed,
+    Lease,
+    Refused,
+    Released,
+    Stop,
+    VersionAnnounced,
+    VersionApplied,
+)
+from rollout.engine.base import Engine
+from rollout.lease_work import Detokenize, LeaseWork, Outcome, Scorer
+from rollout.versions import Pull, VersionFollower
+from rollout.weights_in import pull_snapshot
+
+logger = logging.getLogger(__name__)
+
+RESEND_S = 10.0
+
+
+class WorkerRefusedError(Exception):
+    """The broker does not take this worker, or something it sent."""
+
+
+class Bus(Protocol):
+    """A connection to the broker that has said hello and sends heartbeats by itself: `databus.client.BusClient`."""
+
+    def send(self, message: Struct, frames: Sequence[Frame] = ()) -> None:
+        """Raises: BusError where the connection has failed."""
+        ...
+
+    async def recv_async(self) -> Arrived:
+        """Raises: BusError where the connection has failed."""
+        ...
+
+
+class _Unsettled(NamedTuple):
+    """A result that the broker has not acknowledged."""
+
+    outcome: Outcome
+    sent: float
+
+
+class Worker:
+    """One engine's leases. `run` until the broker stops it, `stop` is called, or something breaks."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        engine: Engine,
+        scorer: Scorer,
+        detokenize: Detokenize,
+        *,
+        group_size: int,
+        max_sequences: int,
+        pull: Pull = pull_snapshot,
+    ) -> None:
+        self._bus = bus
+        self._capacity = max(1, max_sequences // group_size)
+        self._work = LeaseWork(engine, scorer, detokenize)
+        self._versions = VersionFollower(engine, self._applied, pull)
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._unsettled: dict[str, _Unsettled] = {}
+        self._in_engine: set[str] = set()
+        self._freed = 0
+        self._end: asyncio.Future[Stop] | None = None
+
+    async def run(self) -> Stop:
+        """Why it ended: the broker's `Stop`, or the one given to `stop`.
+
+        Raises: BusError; EngineDead; PullError; UpdateFailed; WorkerRefusedError: one line for a person each.
+        """
+        self._end = asyncio.get_running_loop().create_future()
+        self._grant()
+        loops = [asyncio.ensure_future(each) for each in (self._listen(), self._versions.run(), self._resend())]
+        try:
+            return await self._first_end(loops)
+        finally:
+            await _cancel([*loops, *self._running.values()])
+
+    def stop(self, reason: str) -> None:
+        """End `run` in good order: what is unfinished goes back to the broker. Call it in the event loop."""
+        if self._end is None or self._end.done():
+            return
+        self._end.set_result(Stop(reason=reason))
+        if self._running:
+            with contextlib.suppress(BusError):  # `run` tells of it
+                self._bus.send(Released(group_ids=tuple(self._running)))
+
+    async def _first_end(self, loops: "Sequence[asyncio.Future[None]]") -> Stop:
+        assert self._end is not None
+        done, _ = await asyncio.wait([self._end, *loops], return_when=asyncio.FIRST_COMPLETED)
+        for failed in done:
+            failed.result()
+        return self._end.result()
+
+    # ------------------------------------------------------------ what the broker says
+
+    async def _listen(self) -> None:
+        while True:
+            arrived = await self._bus.recv_async()
+            self._handle(arrived.message)
+
+    def _handle(self, message: Struct) -> None:
+        match message:
+            case Lease():
+                self._take(message)
+            case Cancel(group_ids=group_ids):
+                for group_id in group_ids:
+                    self._drop(group_id)
+            case Ack(group_id=group_id, accepted=accepted, reason=reason):
+                self._unsettled.pop(group_id, None)
+                if not accepted:
+                    logger.info("group %s was not taken: %s", group_id, reason)
+            case VersionAnnounced():
+                self._versions.announce(message)
+            case Stop():
+                self._finish(message)
+            case Refused(reason=reason):
+                raise WorkerRefusedError(f"the broker refused this worker: {reason}")
+
+    def _finish(self, stop: Stop) -> None:
+        assert self._end is not None
+        if not self._end.done():
+            self._end.set_result(stop)
+
+    # ------------------------------------------------------------ leases
+
+    def _take(self, lease: Lease) -> None:
+        if lease.group_id in self._running or lease.group_id in self._unsettled:
+            return  # a copy
+        if lease.purpose == "train":
+            self._in_engine.add(lease.group_id)
+        self._running[lease.group_id] = task = asyncio.ensure_future(self._answer(lease))
+        task.add_done_callback(lambda done: self._done(lease.group_id, done))
+
+    async def _answer(self, lease: Lease) -> None:
+        outcome = await self._work.run(lease, generated=lambda: self._free(lease.group_id))
+        async with self._versions.steady():
+            self._send(lease.group_id, outcome)
+
+    def _done(self, group_id: str, task: "asyncio.Task[None]") -> None:
+        if self._running.get(group_id) is task:
+            del self._running[group_id]
+        if self._end is None or self._end.done():
+            return
+        self._free(group_id)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            self._end.set_exception(error)
+
+    def _drop(self, group_id: str) -> None:
+        self._unsettled.pop(group_id, None)
+        task = self._running.get(group_id)
+        if task is not None:
+            task.cancel()
+
+    def _free(self, group_id: str) -> None:
+        """A group's room in the engine is given back as soon as it is generated, so that scoring keeps none idle."""
+        if group_id in self._in_engine:
+            self._in_engine.discard(group_id)
+            self._freed += 1
+            self._grant()
+
+    def _grant(self) -> None:
+        self._bus.send(Credits(total=self._capacity + self._freed))
+
+    # ------------------------------------------------------------ what goes out
+
+    def _send(self, group_id: str, outcome: Outcome) -> None:
+        message, frames = outcome
+        self._bus.send(message, frames)
+        if isinstance(message, Completed | Failed):
+            self._unsettled[group_id] = _Unsettled(outcome, time.monotonic())
+
+    async def _resend(self) -> None:
+        """Results stay here until they are acknowledged: a broker that came back may have lost them."""
+        while True:
+            await asyncio.sleep(RESEND_S / 4)
+            now = time.monotonic()
+            for group_id, unsettled in list(self._unsettled.items()):
+                if now - unsettled.sent > RESEND_S:
+                    self._send(group_id, unsettled.outcome)
+
+    def _applied(self, message: VersionApplied) -> None:
+        self._bus.send(message)
+
+
+async def _cancel(tasks: "Sequence[asyncio.Future[None]]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
