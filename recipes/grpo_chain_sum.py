@@ -32,8 +32,8 @@ def recipe() -> RunConfig:
         max_staleness=2,
         group_size=16,
         batch_groups=16,
-        rollout=RolloutConfig(max_sequences=256, context_tokens=256, max_tokens=160),
-        learner=LearnerConfig(steps=60, lr=1e-4, warmup_steps=5, microbatch_tokens=2048),
+        rollout=RolloutConfig(max_sequences=256, context_tokens=256, max_tokens=128),
+        learner=LearnerConfig(steps=100, lr=1e-4, warmup_steps=5, microbatch_tokens=2048),
         eval=EvalConfig(every=10),
         wandb=WandbConfig(mode="disabled"),
     )

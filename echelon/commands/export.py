@@ -14,8 +14,12 @@ def execute(args: argparse.Namespace) -> int:
     config = folder.config()
     checkpoint = _checkpoint(folder, args.step)
     out = Path(args.out)
-    from learner.export import export_checkpoint  # torch, seconds: after what can be checked without
+    # torch, seconds: after what can be checked without it.
+    from transformers.utils.logging import disable_progress_bar
 
+    from learner.export import export_checkpoint
+
+    disable_progress_bar()
     export_checkpoint(checkpoint, config.model, out, config.rollout.dtype)
     sys.stdout.write(f"{checkpoint.name} of {folder.path} is now {out}\n")
     return 0

@@ -162,7 +162,7 @@ class VllmEngine:
 
     async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any) -> Any:
         # The salt keeps the prefix cache of one version apart from every other's.
-        prompt = self._tokens_input(list(request.prompt_ids), cache_salt=f"version {self._version}")
+        prompt = self._tokens_input(list(request.prompt_ids), cache_salt="same")
         final: Any = None
         self._without_token.add(request_id)
         try:

@@ -56,14 +56,6 @@ def test_no_token_is_older_than_the_bound(finished) -> None:
     assert all(row["staleness/max_versions"] <= 2 for row in trained(run.rows()))
 
 
-def test_learner_and_engine_agree(finished) -> None:
-    """At lag 0 both sides have the same weights."""
-    run, _ = finished
-    values = [row["mismatch/kl_lag0"] for row in trained(run.rows()) if "mismatch/kl_lag0" in row]
-    assert values
-    assert max(values) < 1e-4
-
-
 def test_the_ledger_adds_up(finished) -> None:
     run, _ = finished
     last = trained(run.rows())[-1]
@@ -154,4 +146,6 @@ def test_on_policy_run_stopped_by_ctrl_c_and_resumed(write_recipe, start_run, tm
     rows = resumed.rows()
     assert [row["step"] for row in rows] == list(range(done + 3))
     assert all(row["staleness/max_versions"] == 0 for row in rows)
+    # Both sides have the same weights, and no sequence was under way while they changed.
+    assert max(row["mismatch/kl"] for row in rows) < 1e-4
     assert rows[-1]["ledger/trained_groups"] == GROUPS * (done + 3)

@@ -167,7 +167,7 @@ def test_silence_ends_the_pull(source: Source, tmp_path: Path) -> None:
     def silent(request: ToWeightServer) -> list[list[bytes]]:
         return source.answer(request) if isinstance(request, ManifestRequest) else []
 
-    with serving(silent, tmp_path) as address, pytest.raises(PullError, match="silent for 1 s|silent for 2 s"):
+    with serving(silent, tmp_path) as address, pytest.raises(PullError, match=r"silent for [12] s"):
         source.pull(address)
     with pytest.raises(PullError, match="silent"):
         source.pull(f"ipc://{tmp_path}/nobody")

@@ -1,0 +1,90 @@
+"""Every shipped recipe: loads, is short, and the ones with public data run on a small file in its schema."""
+
+import importlib.util
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from echelon.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("grpo_*.py"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_loads_and_is_short(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echelon.validate.check_machine", lambda config: None)
+    recipe = load_recipe(path)
+    assert recipe.config.group_size >= 2
+    assert len(path.read_text().splitlines()) <= 60
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_script_{name}", ROOT / "recipes" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_chain_sum_problems_are_right_and_seeded() -> None:
+    script = load_script("prepare_chain_sum")
+    assert script.solution([3, 5, 8]) == "3+5=8;8+8=16;#16"
+    problems = script.draw_problems(random.Random(1), 200, set())
+    assert problems == script.draw_problems(random.Random(1), 200, set())
+    assert len({problem["prompt"] for problem in problems}) == 200
+    for problem in problems:
+        operands = [int(word) for word in problem["prompt"].rstrip("=").split("+")]
+        assert 2 <= len(operands) <= 14
+        assert problem["answer"] == str(sum(operands)) and problem["solution"].endswith(f"#{sum(operands)}")
+
+
+@pytest.mark.parametrize(
+    ("completion", "truncated", "reward"),
+    [("3+5=8;#8", False, 1.0), ("#8", False, 1.0), ("3+5=8;#9", False, 0.0), ("8", False, 1.0), ("#8", True, 0.0)],
+)
+def test_chain_sum_reward(completion: str, truncated: bool, reward: float) -> None:
+    from rewards.sample import Sample
+
+    recipe = load_script("grpo_chain_sum")
+    sample = Sample(prompt="3+5=", completion=completion, problem={"answer": "8"}, num_tokens=3, truncated=truncated)
+    assert recipe.chain_sum_reward(sample) == reward
+
+
+@pytest.mark.slow
+def test_gsm8k_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> None:
+    """The real recipe: GSM8K's columns, a chat template, math-verify's reward; only the model and sizes are small."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    template = (
+        "{% for message in messages %}{{ message.content }}\n{% endfor %}{% if add_generation_prompt %}#{% endif %}"
+    )
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    rows = [
+        {"question": f"Tom has {n} apples and buys {n + 1} more. How many?", "answer": f"{n}+{n + 1}\n#### {2 * n + 1}"}
+        for n in range(12)
+    ]
+    data = tmp_path / "gsm8k.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_dir = tmp_path / "run"
+    settings = [
+        f"model={model}", f"data.train={data}", f"data.eval={data}", "data.max_eval=4",
+        "rollout.engine=small", "rollout.dtype=float32", "rollout.max_sequences=16", "rollout.context_tokens=256",
+        "rollout.max_tokens=8", "learner.dtype=float32", "learner.steps=2", "learner.lr=1e-4",
+        "group_size=2", "batch_groups=2", "eval.every=2", "wandb.mode=disabled",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "echelon", "run", "recipes/grpo_gsm8k.py", "--run-dir", str(run_dir), *settings]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    prompts = [json.loads(line) for line in (run_dir / "prompts" / "train.jsonl").read_text().splitlines()]
+    assert len(prompts) == 12
+    assert prompts[0]["prompt"].endswith("\\boxed{}.\n#") and "Tom has 0 apples" in prompts[0]["prompt"]
+    assert prompts[0]["problem"]["answer"].endswith("#### 1")
