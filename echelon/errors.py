@@ -9,6 +9,7 @@ import faulthandler
 import logging
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,10 +70,14 @@ def role_main(
         die_with_parent()
     set_up_logging(role)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the watchdog asks every role where it stands
-    signal.signal(signal.SIGTERM, _leave)
+    told_to_leave = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: _leave(told_to_leave))
     try:
         body()
     except Exception as error:
+        if told_to_leave.is_set():  # whatever was under way was cut short; some libraries wrap what cuts it
+            logger.info("stopped by SIGTERM (%s)", message_of(error))
+            return SIGTERM_CODE
         logger.exception("%s failed", role)
         report = ErrorReport(time=time.time(), role=role, kind=_kind(error, consequences()), message=message_of(error))
         if error_file is not None:
@@ -110,5 +115,6 @@ def _kind(error: BaseException, consequences: tuple[type[BaseException], ...]) -
     return "user" if isinstance(error, ValueError) else "runtime"
 
 
-def _leave(_signal: int, _frame: object) -> None:
+def _leave(told_to_leave: threading.Event) -> None:
+    told_to_leave.set()
     sys.exit(SIGTERM_CODE)

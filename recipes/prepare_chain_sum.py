@@ -181,9 +181,7 @@ def main() -> int:
     build_tokenizer().save_pretrained(out / "model")
     write_jsonl(out / "train.jsonl", train)
     write_jsonl(out / "eval.jsonl", held_out)  # last: its presence says that the folder is complete
-    print(
-        f"{out}: {model.num_parameters():,} parameters, accuracy {accuracy:.3f}, {len(train)} + {len(held_out)} problems"
-    )
+    print(f"{out}: {model.num_parameters():,} parameters, accuracy {accuracy:.3f}")
     return 0
 
 

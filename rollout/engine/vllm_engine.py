@@ -98,7 +98,6 @@ class VllmEngine:
         started = time.monotonic()
         try:
             await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
-            await self._call(self._llm.abort(sorted(self._without_token)))
             await self._load(snapshot)
         finally:
             with contextlib.suppress(EngineDead):  # the first cause is on its way
@@ -162,7 +161,7 @@ class VllmEngine:
 
     async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any) -> Any:
         # The salt keeps the prefix cache of one version apart from every other's.
-        prompt = self._tokens_input(list(request.prompt_ids), cache_salt="same")
+        prompt = self._tokens_input(list(request.prompt_ids), cache_salt=f"version {self._version}")
         final: Any = None
         self._without_token.add(request_id)
         try:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 
 RECIPE = """
 from echelon.config import DataConfig, EvalConfig, RunConfig, WandbConfig

@@ -81,6 +81,20 @@ def test_stacks_on_request_and_a_clean_end(tmp_path: Path) -> None:
     assert read_error(tmp_path / "error.json") is None
 
 
+def test_an_error_that_sigterm_caused_is_no_failure(tmp_path: Path) -> None:
+    wrapping = "(lambda: wrap())()"
+    helper = "def wrap():\n    try:\n        wait()\n    except BaseException as error:\n        raise RuntimeError('cut short') from None\n"
+    code = ROLE.replace("def wait", helper + "\ndef wait").replace("{body}", wrapping)
+    command = [sys.executable, "-c", code, str(tmp_path / "error.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.terminate()
+        process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert read_error(tmp_path / "error.json") is None
+
+
 def test_the_first_report_of_a_role_stands(tmp_path: Path) -> None:
     file = tmp_path / "error.json"
     for message in ("first", "second"):

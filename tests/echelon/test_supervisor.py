@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 RAISING = "def reward(sample):\n    raise RuntimeError('no gold answer')\n"
 HANGING = "import time\ndef reward(sample):\n    time.sleep(1000)\n"

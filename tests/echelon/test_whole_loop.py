@@ -11,7 +11,7 @@ import pytest
 
 from echelon.metrics import REQUIRED
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
