@@ -23,6 +23,7 @@ def execute(args: argparse.Namespace) -> int:
         steps=config.learner.steps,
         max_staleness=config.max_staleness,
     )
+    progress.started = time.monotonic() - _age_s(folder)
     view = make_view()
     view.start()
     try:
@@ -31,6 +32,13 @@ def execute(args: argparse.Namespace) -> int:
         view.stop()
     view.summary(progress)
     return 0
+
+
+def _age_s(folder: RunFolder) -> float:
+    """Seconds that the run has been going, or went."""
+    rows = folder.metrics_file
+    until = time.time() if folder.is_in_use() or not rows.exists() else rows.stat().st_mtime
+    return max(0.0, until - folder.record_file.stat().st_mtime)
 
 
 def _follow(folder: RunFolder, progress: Progress, view: View) -> None:

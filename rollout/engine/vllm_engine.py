@@ -98,6 +98,7 @@ class VllmEngine:
         started = time.monotonic()
         try:
             await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
+            await self._call(self._llm.abort(sorted(self._without_token)))
             await self._load(snapshot)
         finally:
             with contextlib.suppress(EngineDead):  # the first cause is on its way

@@ -34,6 +34,15 @@ sys.exit(role_main("tester", Path(sys.argv[1]), lambda: {body}, consequences=lam
 """
 
 
+WRAP = """
+def wrap():
+    try:
+        wait()
+    except BaseException:
+        raise RuntimeError("cut short") from None
+"""
+
+
 def start(body: str, file: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", ROLE.replace("{body}", body), str(file)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -82,9 +91,7 @@ def test_stacks_on_request_and_a_clean_end(tmp_path: Path) -> None:
 
 
 def test_an_error_that_sigterm_caused_is_no_failure(tmp_path: Path) -> None:
-    wrapping = "(lambda: wrap())()"
-    helper = "def wrap():\n    try:\n        wait()\n    except BaseException as error:\n        raise RuntimeError('cut short') from None\n"
-    code = ROLE.replace("def wait", helper + "\ndef wait").replace("{body}", wrapping)
+    code = ROLE.replace("def wait", f"{WRAP}\ndef wait").replace("{body}", "wrap()")
     command = [sys.executable, "-c", code, str(tmp_path / "error.json")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

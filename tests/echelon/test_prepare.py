@@ -184,11 +184,3 @@ def test_gpu_that_is_not_there(tmp_path: Path, tiny_model: Path, train: Path, mo
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "rollout.device is cuda, but torch sees no GPU" in error(tmp_path, tiny_model, train, "rollout.device=cuda")
-
-
-def test_hub_without_network_fails_fast(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from echelon import hub
-
-    monkeypatch.setattr(hub, "PROBE_TIMEOUT_S", 0.5)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "data.train=nobody/nothing cannot be read" in error(tmp_path, tiny_model, "nobody/nothing")

@@ -147,6 +147,36 @@ def test_prefix_cache_is_not_shared_across_versions(
         np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE)
 
 
+def test_requests_without_a_token_begin_anew_after_an_update(
+    served: Served, other_weights: Callable, make_snapshot: Callable, reference: Callable
+) -> None:
+    """More requests than the engine runs at once; those that wait must not find the old version's prefix."""
+    old, new, version = served.weights, other_weights(98), served.engine.version
+
+    async def scenario() -> list[Completion]:
+        flying = asyncio.ensure_future(
+            served.engine.generate(request("queue", prompt=LONG_PROMPT, size=3 * CONFIG.max_sequences, tokens=99))
+        )
+        while not served.engine.stats().running_sequences:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.15)
+        await served.update(make_snapshot(new, version + 1), new)
+        return await flying
+
+    completions: list[Completion] = served.run(scenario())
+    begun_after = [completion for completion in completions if completion.versions[0] == version + 1]
+    begun_before = [completion for completion in completions if completion.versions[0] == version]
+    assert len(begun_after) > 20
+    assert len(begun_before) > 20
+    for completion in begun_after:
+        expected = reference(new, LONG_PROMPT, completion, 1.0)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE)
+    for completion in begun_before:
+        count = int((completion.versions == version).sum())
+        expected = reference(old, LONG_PROMPT, completion, 1.0)
+        np.testing.assert_allclose(completion.logprobs[:count], expected[:count], atol=TOLERANCE)
+
+
 def serves_what_it_says(served: Served, reference: Callable, name: str) -> bool:
     completions: list[Completion] = served.run(served.engine.generate(request(name)))
     return all(
