@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Whatever goes wrong is one line on stderr."""
     args = parse(arguments)
+    os.environ["ECHELON_PID"] = str(os.getpid())  # databus.process.MAIN_PID_VARIABLE; not worth an import here
     try:
         from echelon.packages import package_root
 

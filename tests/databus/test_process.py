@@ -1,0 +1,57 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from databus.process import die_with_parent
+
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+CHILD = "import time; from databus.process import die_with_parent; die_with_parent(); time.sleep(60)"
+
+
+def test_child_dies_with_a_parent_that_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(0.5)  # time to ask the kernel
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 5
+    while _runs(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    alive = _runs(child)
+    if alive:
+        os.kill(child, signal.SIGKILL)
+    assert not alive
+
+
+def _runs(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("main_pid", "ends"), [("1", False), ("77", True), (None, True)])
+def test_process_one_is_a_parent_only_where_the_command_is(
+    main_pid: str | None, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    monkeypatch.setattr("os._exit", exits.append)
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: type("C", (), {"prctl": staticmethod(lambda *_: 0)}))
+    if main_pid is None:
+        monkeypatch.delenv("ECHELON_PID", raising=False)
+    else:
+        monkeypatch.setenv("ECHELON_PID", main_pid)
+    die_with_parent()
+    assert bool(exits) == ends
