@@ -29,6 +29,7 @@ def learn(folder: RunFolder) -> None:
     bus = folder.bus()
     if bus is None:
         raise RuntimeError("the broker is not there: bus.json is missing")
+    patience_s = 2 * config.watchdog_s + config.rollout.start_timeout_s
     run = LearnerRun(
         model=config.model,
         serving_dtype=config.rollout.dtype,
@@ -38,10 +39,10 @@ def learn(folder: RunFolder) -> None:
         checkpoints_dir=folder.checkpoints,
         bus_address=bus.address,
         resume_from=latest_checkpoint(folder.checkpoints),
-        # The supervisor's watchdog comes first; these end a learner whose supervisor cannot.
-        batch_timeout_s=2 * config.watchdog_s,
-        end_timeout_s=2 * config.watchdog_s + config.eval.timeout_s,
-        collective_timeout_s=2 * config.watchdog_s,
+        # The supervisor's watchdog comes first, and counts from when all are up; these are for want of one.
+        batch_timeout_s=patience_s,
+        end_timeout_s=patience_s + config.eval.timeout_s,
+        collective_timeout_s=patience_s,
     )
     run_learner(config.learner, run, lambda version: connect(folder, version))
 

@@ -103,26 +103,16 @@ def test_pulls_what_was_published(source: Source, tmp_path: Path) -> None:
     assert sorted(chunks) == list(range(-(-len(source.data) // CHUNK_BYTES))), "each chunk once"
 
 
-def test_few_chunks_are_outstanding(source: Source, tmp_path: Path) -> None:
-    waiting: list[ChunkRequest] = []
-    most = 0
+@pytest.mark.parametrize("answered", [0, 3])
+def test_few_chunks_are_outstanding(source: Source, tmp_path: Path, answered: int) -> None:
+    def answer_few(request: ToWeightServer) -> list[list[bytes]]:
+        answers = source.answer(request)
+        return answers if isinstance(request, ManifestRequest) or request.index < answered else []
 
-    def hold_back(request: ToWeightServer) -> list[list[bytes]]:
-        nonlocal most
-        if isinstance(request, ManifestRequest):
-            return source.answer(request)
-        waiting.append(request)
-        most = max(most, len(waiting))
-        if len(waiting) < min(OUTSTANDING_CHUNKS, len(source.data) // CHUNK_BYTES + 1 - answered()):
-            return []
-        return source.answer(waiting.pop())
-
-    def answered() -> int:
-        return sum(isinstance(request, ChunkRequest) for request in source.asked)
-
-    with serving(hold_back, tmp_path) as address:
-        source.pull(address).close()
-    assert most == OUTSTANDING_CHUNKS
+    with serving(answer_few, tmp_path) as address, pytest.raises(PullError, match="silent"):
+        source.pull(address, PullLimits(resend_s=60.0, silence_s=0.5))
+    chunks = [request.index for request in source.asked if isinstance(request, ChunkRequest)]
+    assert chunks == list(range(answered + OUTSTANDING_CHUNKS))
 
 
 def test_a_lost_chunk_is_asked_for_again(source: Source, tmp_path: Path) -> None:
