@@ -31,7 +31,9 @@ class Roster:
     def start_worker(self, index: int) -> Child:
         name = f"worker-{index}"
         gpus = worker_gpus(self._config, self._gpus, index)
-        return self._start(name, [MODULES["worker"], self._run_dir, "--name", name], gpus)
+        # vLLM places its threads itself; torch's get in one another's way where cores are few.
+        defaults = {"OMP_NUM_THREADS": "1"} if self._config.rollout.engine == "small" else {}
+        return self._start(name, [MODULES["worker"], self._run_dir, "--name", name], gpus, defaults)
 
     def restart_worker(self, child: Child) -> Child:
         child.kill()  # whatever is left of its group
