@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from databus.messages import WorkerStatus
 from echelon.cli import OK
 from echelon.config import RunConfig
 from echelon.failures import RunFailed, first_cause, names
@@ -59,6 +60,10 @@ class Supervisor:
             try:
                 self._start()
                 self._watch()
+            except BaseException:
+                with suppress(OSError):  # perhaps nobody reads our output any more
+                    self._enter("stopping")
+                raise
             finally:
                 self._stop()
         self._view.summary(self._progress)
@@ -137,16 +142,26 @@ class Supervisor:
         status = self._progress.status
         if status is None:
             return
-        present = {worker.name for worker in status.workers} | ({LEARNER} if status.learner_ready else set())
+        present = {LEARNER} if status.learner_ready else set()
+        present |= {worker.name for worker in status.workers if self._is_present(worker)}
         if present - self._ready:
             self._ready |= present
             self._progress_at = time.monotonic()
         self._progress_at = max(self._progress_at, time.monotonic() - status.last_progress_s)
-        missing = [name for name in self._roster.children if name not in (*self._ready, BROKER)]
+        missing = self._missing()
         if missing:
             self._enter(f"starting {names([self._title(name) for name in missing])}")
         else:
             self._enter("finishing" if status.phase in ("finishing", "finished") else "training")
+
+    def _is_present(self, worker: WorkerStatus) -> bool:
+        """False for one that the broker still knows but that has died, and is being started again."""
+        child = self._roster.children.get(worker.name)
+        return child is None or worker.silent_s < time.monotonic() - child.started
+
+    def _missing(self) -> list[str]:
+        """Roles that have been started and are not ready."""
+        return [name for name in self._roster.children if name not in (*self._ready, BROKER)]
 
     def _title(self, name: str) -> str:
         engine = ENGINE_NAMES[self._config.rollout.engine]
@@ -154,14 +169,13 @@ class Supervisor:
 
     def _check_deadlines(self) -> None:
         limit = self._config.rollout.start_timeout_s
-        for child in self._roster.children.values():
-            age = time.monotonic() - child.started
-            if child.name not in (*self._ready, BROKER) and age > limit:
+        missing = self._missing()
+        for child in (self._roster.children[name] for name in missing):
+            if time.monotonic() - child.started > limit:
                 self._dump_stacks()
                 raise RunFailed(f"{child.name} did not become ready within {limit:.0f} s (log: {child.log})")
-        everyone = len(self._ready) >= len(self._roster.children) - 1
         silent_s = time.monotonic() - self._progress_at
-        if everyone and silent_s > self._config.watchdog_s:
+        if not missing and silent_s > self._config.watchdog_s:
             self._dump_stacks()
             raise RunFailed(
                 f"no progress for {silent_s:.0f} s after step {self._progress.steps_done} of {self._progress.steps} "
@@ -207,15 +221,12 @@ class Supervisor:
         count = self._restarts[child.name] = self._restarts.get(child.name, 0) + 1
         self._view.note(f"{child.name} {child.how_it_ended()}: starting it again ({count} of {MAX_RESTARTS})")
         self._ready.discard(child.name)
-        self._progress.status = None  # it still lists the dead one
         self._roster.restart_worker(child)
 
     # ------------------------------------------------------------ stop
 
     def _stop(self) -> None:
         """Also what a failed start left; the last rows count."""
-        self._progress.enter("stopping")
-        self._view.update(self._progress)
         self._roster.stop(GRACE_S)
         if self._observer is not None:
             self._observer.close()

@@ -96,6 +96,8 @@ class SmallEngine:
     # ------------------------------------------------------------ the generation thread
 
     def _serve(self) -> None:
+        # OpenMP costs a model this small more than it brings, and ruins it on cores that others use.
+        torch.set_num_threads(1)
         try:
             while not self._closing:
                 self._run_commands(wait=not self._groups)

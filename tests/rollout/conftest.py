@@ -17,6 +17,12 @@ MakeSnapshot = Callable[[Mapping[str, torch.Tensor], int], Snapshot]
 Reference = Callable[[Mapping[str, torch.Tensor], tuple[int, ...], Completion, float], np.ndarray]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models are quickest on one thread, above all on cores that others use."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def make_snapshot() -> MakeSnapshot:
     return _make_snapshot
