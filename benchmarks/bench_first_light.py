@@ -98,7 +98,8 @@ def main() -> None:
         Bar("first step after the roles are up, s", max(r["first_step_s"] for r in every), 20, "at most"),
         Bar("echelon --help, s", figures["help_s"], 0.3, "at most"),
     ]
-    write_result(args.json, question=__doc__.splitlines()[0], figures=figures, peers={}, bars=bars, device=hardware())
+    question = (__doc__ or "").splitlines()[0]
+    write_result(args.json, question=question, figures=figures, peers={}, bars=bars, device=hardware())
 
 
 if __name__ == "__main__":

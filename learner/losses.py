@@ -55,7 +55,8 @@ def policy_loss(
 
     Args: logprobs, sampled, advantages: float32 [T]; log-probabilities of the tokens now (with gradient) and when
         they were sampled, both at the sampling temperature. mask: bool [T], True where a token bears loss.
-        lags: int64 [T], versions between sampling and training.
+        lags: int64 [T], versions between training and the oldest token of the token's completion: after a change of
+            version in flight the engine goes on from the old version's KV cache, so its later tokens are a mixture.
     Returns: (summed loss, a scalar with gradient; sums, without). Exactly 0, gradient too, where A is 0.
     Source: PPO (arXiv:1707.06347); clip-higher: DAPO (arXiv:2503.14476); TIS: Yao et al. 2025, "Your efficient RL
         framework secretly brings you off-policy RL training".

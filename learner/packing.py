@@ -22,13 +22,13 @@ class Sequence:
     """Prompt and completion of one sample. Arrays over its loss-bearing tokens, K of them:
 
     token_ids: int64 [n]. targets: int64 [K], indices into token_ids, from 1 on. logprobs: float32 [K], of the
-    sampling policy. versions: int64 [K]. advantage: one for the whole completion.
+    sampling policy. oldest_version: of the policy versions that sampled the completion. advantage: one for all of it.
     """
 
     token_ids: Array
     targets: Array
     logprobs: Array
-    versions: Array
+    oldest_version: int
     advantage: float
 
     @property
@@ -43,7 +43,8 @@ class MicroBatch:
 
     input_ids, position_ids: int64 [R, L]; positions restart at each sequence; padding goes on with the positions of
     the sequence before it, which it cannot influence. loss_positions: int64 [K], indices into the flattened rows.
-    targets: int64 [K]. sampled, advantages: float32 [K]. versions: int64 [K]. num_tokens: without padding.
+    targets: int64 [K]. sampled, advantages: float32 [K]. oldest_versions: int64 [K], of the
+    token's completion. num_tokens: without padding.
     needs_gradient: False where every advantage is 0, so that a forward pass is enough.
     """
 
@@ -53,7 +54,7 @@ class MicroBatch:
     targets: Tensor
     sampled: Tensor
     advantages: Tensor
-    versions: Tensor
+    oldest_versions: Tensor
     num_tokens: int
     needs_gradient: bool
 
@@ -81,7 +82,7 @@ def _sequence(group: Group, part: slice, kept: Array, versions: Array, advantage
         token_ids=np.concatenate((group.prompt_ids, group.token_ids[part])).astype(np.int64),
         targets=kept + len(group.prompt_ids),
         logprobs=group.logprobs[part][kept],
-        versions=versions[part][kept],
+        oldest_version=int(versions[part].min()),
         advantage=advantage,
     )
 
@@ -172,7 +173,7 @@ def build_microbatch(rows: Items[Items[Sequence]], needs_gradient: bool) -> Micr
         targets=_join([s.token_ids[s.targets] for s in packed], np.int64),
         sampled=_join([s.logprobs for s in packed], np.float32),
         advantages=_join([np.full(len(s.targets), s.advantage) for s in packed], np.float32),
-        versions=_join([s.versions for s in packed], np.int64),
+        oldest_versions=_join([np.full(len(s.targets), s.oldest_version) for s in packed], np.int64),
         num_tokens=sum(s.num_inputs for s in packed),
         needs_gradient=needs_gradient,
     )

@@ -66,7 +66,7 @@ class TrainStep:
                 microbatch.sampled,
                 microbatch.advantages,
                 torch.ones_like(microbatch.targets, dtype=torch.bool),
-                step - microbatch.versions,
+                step - microbatch.oldest_versions,
                 self._config.loss,
             )
         if microbatch.needs_gradient:

@@ -68,9 +68,7 @@ class VllmEngine:
         set_environment(self._config, self._model)
         loop = asyncio.get_running_loop()
         try:
-            self._llm = await asyncio.wait_for(
-                loop.run_in_executor(self._starter, self._build), self._config.start_timeout_s
-            )
+            await asyncio.wait_for(loop.run_in_executor(self._starter, self._build), self._config.start_timeout_s)
         except TimeoutError:
             raise EngineDead(f"vLLM did not start within {self._config.start_timeout_s:g} s") from None
         except (ValueError, OSError) as error:
@@ -116,7 +114,7 @@ class VllmEngine:
         await asyncio.to_thread(_end_cores)
         self._starter.shutdown(wait=False)
 
-    def _build(self) -> Any:
+    def _build(self) -> None:
         check_installed(self._config.device)
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
@@ -137,7 +135,7 @@ class VllmEngine:
         self._tokens_input = tokens_input
         arguments = engine_arguments(self._config, self._model, self._seed)
         with tied_engine_cores():
-            return AsyncLLM.from_engine_args(arguments)
+            self._llm = AsyncLLM.from_engine_args(arguments)
 
     async def _complete(self, request: GenerateRequest, index: int) -> Completion:
         room = self._config.context_tokens - len(request.prompt_ids)

@@ -21,7 +21,7 @@ def make_sequences() -> list[Sequence]:
             token_ids=rng.integers(0, 17, length),
             targets=np.arange(1, length),
             logprobs=np.full(length - 1, index, np.float32),  # marks the sequence
-            versions=np.zeros(length - 1, np.int64),
+            oldest_version=0,
             advantage=1.0,
         )
         for index, length in enumerate(LENGTHS)

@@ -14,7 +14,7 @@ def make_sequence(num_inputs: int, advantage: float = 1.0, mark: int = 0) -> Seq
         token_ids=np.full(num_inputs + 1, mark, np.int64),
         targets=np.array([num_inputs]),
         logprobs=np.array([-1.0], np.float32),
-        versions=np.array([0]),
+        oldest_version=0,
         advantage=advantage,
     )
 
@@ -37,14 +37,14 @@ def test_sequences_by_hand() -> None:
     assert sequence.token_ids.tolist() == [5, 6, 7, 8, 9]
     assert sequence.targets.tolist() == [2, 4]
     assert sequence.logprobs.tolist() == [-1, -3]
-    assert sequence.versions.tolist() == [3, 4]
+    assert sequence.oldest_version == 3
     assert sequence.advantage == 0.5
 
 
 def test_microbatch_by_hand() -> None:
-    first = Sequence(np.array([1, 2, 3, 4]), np.array([2, 3]), np.array([-1, -2], np.float32), np.array([6, 7]), 0.5)
-    second = Sequence(np.array([8, 9]), np.array([1]), np.array([-3], np.float32), np.array([7]), -1.0)
-    third = Sequence(np.array([5, 6, 7]), np.array([2]), np.array([-4], np.float32), np.array([7]), 2.0)
+    first = Sequence(np.array([1, 2, 3, 4]), np.array([2, 3]), np.array([-1, -2], np.float32), 6, 0.5)
+    second = Sequence(np.array([8, 9]), np.array([1]), np.array([-3], np.float32), 7, -1.0)
+    third = Sequence(np.array([5, 6, 7]), np.array([2]), np.array([-4], np.float32), 7, 2.0)
     (microbatch,) = plan_microbatches([first, second, third], rank=0, world_size=1, max_tokens=100)
     # Widest first: rows [first], [third, second]; each row 3 wide, no room lost.
     assert microbatch.input_ids.tolist() == [[1, 2, 3], [5, 6, 8]]
@@ -53,7 +53,7 @@ def test_microbatch_by_hand() -> None:
     assert microbatch.targets.tolist() == [3, 4, 7, 9]
     assert microbatch.sampled.tolist() == [-1, -2, -4, -3]
     assert microbatch.advantages.tolist() == [0.5, 0.5, 2.0, -1.0]
-    assert microbatch.versions.tolist() == [6, 7, 7, 7]
+    assert microbatch.oldest_versions.tolist() == [6, 6, 7, 7]
     assert (microbatch.num_tokens, microbatch.needs_gradient) == (6, True)
 
 
