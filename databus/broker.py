@@ -6,6 +6,7 @@ startup ──▶ receive · answer · tick, until all steps are trained ──�
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from databus.codec import Frame, MalformedMessage
 from databus.config import BrokerConfig
@@ -34,7 +35,7 @@ from databus.messages import (
 )
 from databus.peers import Peer, may_send
 from databus.prompts import GroupFilter, MetricsSink, Prompt, PromptSource
-from databus.run_state import RunFailed, new_state
+from databus.run_state import LearnerLost, RunFailed, new_state
 from databus.step_desk import StepDesk
 from databus.transport import BrokerSocket, Received
 
@@ -184,14 +185,14 @@ class Broker:
         self._state.send(name, Refused(reason=reason))
 
     def _lost(self, peer: Peer, why: str) -> None:
-        """Raises: RunFailed for the learner, unless its work is done."""
+        """Raises: LearnerLost, unless its work is done."""
         self._state.peers.remove(peer.name)
         if peer.role == "worker":
             self._leases.worker_gone(peer)
         if peer.role != "observer":
             logger.info("%s %s", peer.name, why)
         if peer.role == "learner" and self._phase in ("starting", "running", "finishing"):
-            raise RunFailed(f"the learner {why}")
+            raise LearnerLost(f"the learner {why}")
 
     # ------------------------------------------------------------ the run as a whole
 
@@ -225,6 +226,7 @@ class Broker:
             self._state.send(peer.name, stop)
         deadline = time.monotonic() + (GOODBYE_TIMEOUT_S if stop.ok else 1.0)
         while time.monotonic() < deadline and any(peer.role != "observer" for peer in self._state.peers):
-            self._receive(TICK_S)
+            with suppress(RunFailed):  # one cause is enough
+                self._receive(TICK_S)
             for peer in self._state.peers.silent(time.monotonic()):
                 self._state.peers.remove(peer.name)

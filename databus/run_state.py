@@ -24,6 +24,10 @@ class RunFailed(RuntimeError):
     """The run cannot go on; the text is its first cause, one line for a person."""
 
 
+class LearnerLost(RunFailed):
+    """The learner has gone; what made it go is its own to tell."""
+
+
 class Send(Protocol):
     def __call__(self, peer: str, message: Struct, frames: Sequence[Frame] = ()) -> bool:
         """False if the peer is gone."""

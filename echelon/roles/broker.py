@@ -13,7 +13,7 @@ from databus.broker import Broker
 from databus.config import BrokerConfig
 from databus.messages import Position
 from databus.prompts import Prompt, SampledGroup
-from databus.run_state import RunFailed
+from databus.run_state import LearnerLost
 from echelon.errors import SIGTERM_CODE, FollowsAnother, role_main
 from echelon.files import write_atomically
 from echelon.metrics import RowWriter, sample_rows
@@ -24,7 +24,6 @@ from learner.checkpoint_folder import latest_checkpoint, read_trainer_state
 logger = logging.getLogger(__name__)
 
 ROLE = "broker"
-LOST_LEARNER = "the learner "
 
 
 class Terminated(Exception):
@@ -61,11 +60,9 @@ def serve(folder: RunFolder) -> None:
         broker.run()
     except Terminated:
         sys.exit(SIGTERM_CODE)
-    except RunFailed as error:
-        # A learner that is gone has had a reason of its own, which it may be about to report.
-        if str(error).startswith(LOST_LEARNER):
-            raise FollowsAnother(str(error)) from error
-        raise
+    except LearnerLost as error:
+        # It has had a reason of its own, which it may be about to report.
+        raise FollowsAnother(str(error)) from error
 
 
 def where_to_start(folder: RunFolder) -> tuple[int, Position | None]:

@@ -40,6 +40,7 @@ CALL_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 10.0
 CORE_NAME = "EngineCore"
+MAX_ERROR_CHARACTERS = 400
 
 T = TypeVar("T")
 
@@ -72,9 +73,9 @@ class VllmEngine:
         except TimeoutError:
             raise EngineDead(f"vLLM did not start within {self._config.start_timeout_s:g} s") from None
         except (ValueError, OSError) as error:
-            raise ValueError(f"vLLM cannot serve {self._model!r}: {_first_line(error)}") from error
+            raise ValueError(f"vLLM cannot serve {self._model!r}: {_one_line(error)}") from error
         except RuntimeError as error:
-            raise EngineDead(f"vLLM did not start: {_first_line(error)}") from error
+            raise EngineDead(f"vLLM did not start: {_one_line(error)}") from error
         await self._call(self._llm.collective_rpc("echelon_die_with_parent"))
         await self._call(self._llm.update_weight_version(str(self._version)))
         self._open.set()
@@ -190,12 +191,12 @@ class VllmEngine:
         except TimeoutError:
             raise EngineDead(f"vLLM did not answer within {CALL_TIMEOUT_S:g} s") from None
         except Exception as error:
-            raise EngineDead(f"vLLM failed: {_first_line(error)}") from error
+            raise EngineDead(f"vLLM failed: {_one_line(error)}") from error
 
     def _translate(self, error: Exception) -> EngineError:
         if self._llm.errored:
             return EngineDead("vLLM's engine process has died; see this role's log")
-        return EngineError(f"vLLM refused a request: {_first_line(error)}")
+        return EngineError(f"vLLM refused a request: {_one_line(error)}")
 
 
 def _completion(output: Any) -> Completion:
@@ -220,6 +221,5 @@ def _end_cores() -> None:
         core.join(CLOSE_TIMEOUT_S)
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:MAX_ERROR_CHARACTERS] or type(error).__name__

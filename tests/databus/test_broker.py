@@ -191,15 +191,16 @@ def test_reward_that_fails_in_a_row_ends_the_run(address: str) -> None:
     running = RunningBroker(broker_config(address))
     worker = connect(address, "w", "worker", max_sequences=8)
     worker.send(Credits(total=8))
-    for _ in range(3):
-        lease = receive(worker, Lease)
+    leases = [receive(worker, Lease) for _ in range(4)]
+    for lease in leases[:3]:
         worker.send(Failed(group_id=lease.group_id, cause="reward", error="rewards.py:f raised KeyError: 'answer'"))
     stop = receive(worker, Stop)
     assert not stop.ok
+    worker.send(Failed(group_id=leases[3].group_id, cause="reward", error="later"))  # the first cause stands
     worker.close("done")
     running.join()
     assert isinstance(running.failure, RunFailed)
-    assert "3 groups in a row" in str(running.failure) and "KeyError: 'answer'" in str(running.failure)
+    assert "for 3 groups in a row" in str(running.failure) and "KeyError: 'answer'" in str(running.failure)
 
 
 def test_engine_failures_are_tried_again_then_counted(address: str) -> None:
