@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 MAX_IPC_PATH_BYTES = 100  # the kernel's limit is 108, ending included
+MAX_PORT = 65535
 LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d+|\*)")
 
 
@@ -20,7 +21,10 @@ def check_address(address: str) -> str:
         if len(path) > MAX_IPC_PATH_BYTES:
             raise ValueError(f"bus.address={address}: an ipc path has at most {MAX_IPC_PATH_BYTES} bytes")
         return address
-    if LOOPBACK.fullmatch(address):
+    if loopback := LOOPBACK.fullmatch(address):
+        port = loopback[2]
+        if port != "*" and not 1 <= int(port) <= MAX_PORT:  # zmq would take it modulo 65536
+            raise ValueError(f"bus.address={address}: a port is 1 to {MAX_PORT}, or * for any that is free")
         return address
     raise ValueError(
         f"bus.address={address} is not allowed: the bus is plain text in this version, so it listens on "

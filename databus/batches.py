@@ -1,7 +1,9 @@
 """Completed groups that wait for a batch, and the cut of one."""
 
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from databus.codec import Frame, encode_columns
 from databus.groups import Group
@@ -18,6 +20,11 @@ class Waiting:
     group: Group
     reward_names: tuple[str, ...]
     prompt: str
+
+    @cached_property
+    def loss_versions(self) -> tuple[int, int] | None:
+        """`Group.loss_versions`, reckoned once: a group may wait through many turns of the broker."""
+        return self.group.loss_versions()
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,13 @@ class BatchQueue:
     def __init__(self, gate: StalenessGate) -> None:
         self._gate = gate
         self._waiting: list[Waiting] = []
+        """By age, so that looking for stale groups costs a few comparisons a group, not a sort."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, waiting: Waiting) -> None:
-        self._waiting.append(waiting)
+        insort(self._waiting, waiting, key=_age)
 
     def cut(self, step: int, on_stale: Callable[[Entry], None]) -> CutBatch | None:
         """The batch of `step`, oldest groups first; None while too few are fresh.
@@ -57,24 +65,26 @@ class BatchQueue:
         either. Under `mask`, tokens are masked in the batch alone.
         """
         fresh: list[Waiting] = []
-        kept: list[Waiting] = []
-        for waiting in sorted(self._waiting, key=_age):
-            group = self._gate.admit(waiting.group, step)
-            if group is None:
+        for waiting in self._waiting:
+            if self._gate.can_train(waiting.loss_versions, step):
+                fresh.append(waiting)
+            else:
                 on_stale(waiting.entry)
-                continue
-            kept.append(waiting)
-            fresh.append(waiting if group is waiting.group else replace(waiting, group=group))
         size = self._gate.batch_groups
         if len(fresh) < size:
-            self._waiting = kept
+            self._waiting = fresh
             return None
-        self._waiting = kept[size:]
-        for waiting in fresh[:size]:
-            waiting.entry.step = step
-        return CutBatch(step, tuple(fresh[:size]))
+        self._waiting = fresh[size:]
+        return CutBatch(step, tuple(self._admitted(waiting, step) for waiting in fresh[:size]))
+
+    def _admitted(self, waiting: Waiting, step: int) -> Waiting:
+        """Checked once more, on the tokens themselves: this is where the bound is enforced."""
+        group = self._gate.admit(waiting.group, step)
+        assert group is not None, f"group {waiting.entry.group_id} is stale at step {step}"
+        waiting.entry.step = step
+        return waiting if group is waiting.group else replace(waiting, group=group)
 
 
 def _age(waiting: Waiting) -> tuple[int, int]:
-    oldest = waiting.group.oldest_loss_version()
-    return (-1 if oldest is None else oldest, waiting.entry.order)
+    oldest, _ = waiting.loss_versions or (-1, -1)
+    return oldest, waiting.entry.order

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.2
 MAX_MESSAGES_A_TICK = 256
 GOODBYE_TIMEOUT_S = 60.0
+ENDED = ("finished", "failed")
 
 
 class Broker:
@@ -76,13 +77,15 @@ class Broker:
             while not self._steps.finished():
                 self._turn()
             self._phase = "finished"
-        except Exception as error:
-            self._phase, self._error = "failed", str(error)
-            stop = Stop(reason=str(error), ok=False)
+        except BaseException as error:  # Ctrl-C as well: nobody may take it for a good end
+            stop = Stop(reason=str(error) or "the broker was stopped", ok=False)
+            self._phase, self._error = "failed", stop.reason
             raise
         finally:
-            self._say_stop(stop)
-            self._socket.close()
+            try:
+                self._say_stop(stop)
+            finally:
+                self._socket.close()
 
     # ------------------------------------------------------------ the loop
 
@@ -99,35 +102,34 @@ class Broker:
         self._update_phase()
 
     def _receive(self, timeout_s: float) -> None:
-        received = self._socket.receive(timeout_s)
+        """Take what has arrived, up to a limit; a ROUTER reads its peers in turn, so that none is passed over."""
         for _ in range(MAX_MESSAGES_A_TICK):
+            received = self._socket.receive(timeout_s)
             if received is None:
                 return
             self._take(received)
-            received = self._socket.receive(0)
-        if received is not None:
-            self._take(received)
+            timeout_s = 0
 
     def _take(self, received: Received) -> None:
         """One message in; whatever is wrong with it is the sender's problem, not the run's."""
-        name, message, frames = received
+        name, message, frames, route = received
         try:
             if isinstance(message, MalformedMessage):
                 raise message
             if isinstance(message, Hello):
-                self._hello(name, message)
+                self._hello(name, message, route)
                 return
             peer = self._state.peers.get(name)
-            if peer is None:
-                self._refuse(name, "say hello first: the broker does not know you, or has given you up for dead")
+            if peer is None or peer.route != route:
+                self._refuse(route, "say hello first: the broker does not know you, or has given you up for dead")
                 return
             peer.heard = time.monotonic()
             if not may_send(peer.role, message):
                 raise MalformedMessage(f"a {peer.role} may not send {type(message).__name__}")
             self._dispatch(peer, message, frames)
         except MalformedMessage as error:
-            logger.warning("message of %s refused: %s", name, error)
-            self._refuse(name, str(error))
+            logger.warning("message of %r refused: %s", name, error)
+            self._refuse(route, str(error))
 
     def _dispatch(self, peer: Peer, message: ToBroker, frames: Sequence[Frame]) -> None:
         match message:
@@ -159,16 +161,19 @@ class Broker:
 
     # ------------------------------------------------------------ peers
 
-    def _hello(self, sender: str, hello: Hello) -> None:
-        objection = self._state.peers.objection(sender, hello, self._config.run_id)
-        if objection:
-            self._refuse(sender, objection)
-            return
+    def _hello(self, sender: str, hello: Hello, route: bytes) -> None:
         known = self._state.peers.get(sender)
-        if known is None or known.hello != hello:
+        objection = self._objection(sender, hello)
+        if objection:
+            self._refuse(route, objection)
+            if known is None:
+                self._socket.forget(sender)
+            return
+        if known is None or known.route != route or known.hello != hello:
             if known is not None:
                 self._lost(known, "was replaced")
-            self._state.peers.add(hello)
+            self._state.peers.add(hello, route)
+            self._socket.seat(sender, route)
             logger.info("%s joined: %s, pid %d on %s", sender, hello.role, hello.pid, hello.host)
             self._state.touch()
         welcome = Welcome(
@@ -180,18 +185,25 @@ class Broker:
         )
         self._state.send(sender, welcome)
 
-    def _refuse(self, name: str, reason: str) -> None:
+    def _objection(self, sender: str, hello: Hello) -> str:
+        if self._phase in ENDED:
+            return f"the run is over: {self._error or 'all steps are done'}"
+        newest = self._config.start_step if self._state.newest is None else self._state.newest
+        return self._state.peers.objection(sender, hello, self._config.run_id, newest)
+
+    def _refuse(self, route: bytes, reason: str) -> None:
         self.refused += 1
-        self._state.send(name, Refused(reason=reason))
+        self._socket.answer(route, Refused(reason=reason))
 
     def _lost(self, peer: Peer, why: str) -> None:
         """Raises: LearnerLost, unless its work is done."""
         self._state.peers.remove(peer.name)
+        self._socket.forget(peer.name)
         if peer.role == "worker":
             self._leases.worker_gone(peer)
         if peer.role != "observer":
             logger.info("%s %s", peer.name, why)
-        if peer.role == "learner" and self._phase in ("starting", "running", "finishing"):
+        if peer.role == "learner" and self._phase not in ENDED:
             raise LearnerLost(f"the learner {why}")
 
     # ------------------------------------------------------------ the run as a whole
@@ -229,4 +241,4 @@ class Broker:
             with suppress(RunFailed):  # one cause is enough
                 self._receive(TICK_S)
             for peer in self._state.peers.silent(time.monotonic()):
-                self._state.peers.remove(peer.name)
+                self._lost(peer, "left without a word")

@@ -30,7 +30,7 @@ from databus.messages import (
     ToWorker,
     Welcome,
 )
-from databus.transport import make_socket
+from databus.transport import is_ipv6, make_socket, new_route
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class BusClient:
         """Args: heartbeat: gives the counters to send; called from the bus thread. Raises: ValueError."""
         self._address = check_address(address)
         self._hello = hello
+        self._route = new_route(hello.name)
         self._max_message_bytes = max_message_bytes
         self._heartbeat = heartbeat
         self._decoder = msgspec.msgpack.Decoder(FROM_BROKER[hello.role])
@@ -133,7 +134,8 @@ class BusClient:
             self._stopping = True
             self._wake_up()
             self._thread.join(CLOSE_TIMEOUT_S)
-        self._wake.close(linger=0)
+        with self._wake_lock:  # somebody may be in `send` still
+            self._wake.close(linger=0)
         if not self._thread.is_alive():
             self._context.term()
 
@@ -147,7 +149,8 @@ class BusClient:
         wake = self._context.socket(zmq.PAIR)
         wake.connect("inproc://wake")
         socket = make_socket(self._context, zmq.DEALER, self._max_message_bytes)
-        socket.setsockopt(zmq.IDENTITY, self._hello.name.encode())
+        socket.setsockopt(zmq.IDENTITY, self._route)
+        socket.setsockopt(zmq.IPV6, is_ipv6(self._address))
         try:
             socket.connect(self._address)
             self._loop(socket, wake)
@@ -174,8 +177,9 @@ class BusClient:
             self._send_all(socket, beat)
             if self._stopping:
                 return
-            if socket in ready:
-                self._receive_all(socket, beat)
+            # Even if poll saw nothing: this thread may have been held up since, and what came meanwhile counts
+            # before the broker is called silent.
+            self._receive_all(socket, beat)
 
     def _send_all(self, socket: zmq.Socket, beat: "_Beat") -> None:
         if not beat.welcome and not self._stopping:

@@ -103,6 +103,7 @@ class Evaluations:
         self._timeout_s = timeout_s
         self._queue: deque[Evaluation] = deque()
         self._first: int | None = None
+        self._last_published = -1
         self._results: dict[int, dict[str, float]] = {}
         self.abandoned = 0
 
@@ -112,7 +113,8 @@ class Evaluations:
 
     def published(self, version: int) -> None:
         """A version can be served; queue its evaluation if it is due."""
-        if not self._num_problems or any(item.version == version for item in self._queue):
+        self._last_published = max(self._last_published, version)
+        if not self._num_problems or self.is_known(version):
             return
         if self._first is None:
             self._first = version
@@ -121,6 +123,10 @@ class Evaluations:
             if len(self._queue) == 1:
                 self._queue[0].queued = time.monotonic()
 
+    def awaits_last_version(self) -> bool:
+        """The last version is to be evaluated, and has not been published yet."""
+        return self._num_problems > 0 and self._last_published < self._last_version
+
     def is_pending(self, version: int) -> bool:
         return any(item.version == version for item in self._queue)
 
@@ -128,11 +134,14 @@ class Evaluations:
         """Is there, or will there be, a result for this version's row?"""
         return version in self._results or self.is_pending(version)
 
-    def tick(self, now: float) -> bool:
-        """Close the current evaluation if it is finished or out of time. True if one was closed."""
+    def tick(self, now: float) -> Evaluation | None:
+        """Close the current evaluation if it is finished or out of time, and return it.
+
+        What is still leased of one that ran out of time is of no use any more.
+        """
         current = self.current
         if current is None or not (current.finished() or current.overdue(now)):
-            return False
+            return None
         if current.finished():
             self._results[current.version] = current.metrics()
         else:
@@ -144,7 +153,7 @@ class Evaluations:
         self._queue.popleft()
         if self._queue:
             self._queue[0].queued = now
-        return True
+        return current
 
     def take_result(self, version: int) -> dict[str, float]:
         return self._results.pop(version, {})

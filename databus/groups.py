@@ -54,10 +54,15 @@ class Group:
         """int32 [T]: the policy version that sampled each token."""
         return np.repeat(self.version_values, self.version_lengths)
 
+    def loss_versions(self) -> tuple[int, int] | None:
+        """The oldest and the newest version among loss-bearing tokens; None where no token bears loss."""
+        versions = self.token_versions()[self.loss_mask.astype(bool)]
+        return (int(versions.min()), int(versions.max())) if versions.size else None
+
     def oldest_loss_version(self) -> int | None:
         """The smallest version among loss-bearing tokens; None where no token bears loss."""
-        versions = self.token_versions()[self.loss_mask.astype(bool)]
-        return int(versions.min()) if versions.size else None
+        versions = self.loss_versions()
+        return None if versions is None else versions[0]
 
     def columns(self) -> dict[str, Array]:
         return {name: getattr(self, name) for name in GROUP_COLUMNS}

@@ -67,12 +67,12 @@ class LeaseDesk:
 
     def _may_lease(self, worker: Peer) -> bool:
         state = self._state
-        under_way = state.ledger.accepted + state.ledger.running
+        accepted, running = state.accepted, state.ledger.running
         return (
             worker.leases_sent < worker.credits
-            and worker.announced <= worker.version
-            and under_way < state.config.steps * state.config.batch_groups
-            and state.gate.capacity(worker.version, state.ledger.accepted, state.ledger.running) > 0
+            and state.config.start_step <= worker.version >= worker.announced
+            and accepted + running < state.config.steps * state.config.batch_groups
+            and state.gate.capacity(worker.version, accepted, running) > 0
         )
 
     def _lease_training(self, worker: Peer) -> None:
@@ -128,18 +128,19 @@ class LeaseDesk:
         if group.reward_parts.shape[1] != len(message.reward_names):
             raise MalformedMessage("reward_parts and reward_names differ in length")
         if is_evaluation(message.group_id):
-            accepted = self._complete_evaluation(message.group_id, group)
+            accepted = self._complete_evaluation(worker, message.group_id, group)
         else:
             accepted = self._complete_training(worker, message, group)
         reason = "" if accepted else "not wanted any more: settled, or leased again and completed elsewhere"
         self._state.send(worker.name, Ack(group_id=message.group_id, accepted=accepted, reason=reason))
 
-    def _complete_evaluation(self, group_id: str, group: Group) -> bool:
+    def _complete_evaluation(self, worker: Peer, group_id: str, group: Group) -> bool:
         state = self._state
         current = state.evaluations.current
         if current is None or group_id not in current.leased:
             return False
-        _, index = current.leased[group_id]
+        holder, index = current.leased[group_id]
+        check_holder(worker, holder)
         check_against_lease(group, state.evals[index], 1, state.config.eval_max_tokens)
         current.complete(group_id, group)
         state.touch()
@@ -150,6 +151,7 @@ class LeaseDesk:
         entry, held = state.ledger.get(message.group_id), state.leases.get(message.group_id)
         if entry is None or held is None or entry.state not in ("leased", "expired"):
             return False
+        check_holder(worker, held.worker)
         check_against_lease(group, held.prompt, state.config.group_size, state.config.max_tokens)
         newest = int(group.version_values.max(initial=0))
         if newest > worker.version:
@@ -159,11 +161,18 @@ class LeaseDesk:
         self._reward_failures = 0
         state.metrics.completed(group)
         state.touch()
-        if all(each.keep(group) for each in state.filters):
-            state.queue.add(Waiting(entry, group, message.reward_names, held.prompt.prompt))
-        else:
-            state.ledger.settle(entry, "filtered")
+        self._keep_or_settle(Waiting(entry, group, message.reward_names, held.prompt.prompt))
         return True
+
+    def _keep_or_settle(self, waiting: Waiting) -> None:
+        state = self._state
+        if not all(each.keep(waiting.group) for each in state.filters):
+            state.ledger.settle(waiting.entry, "filtered")
+        elif waiting.loss_versions is None:  # requeuing it would only give the like again
+            logger.info("group %s has no token that bears loss", waiting.entry.group_id)
+            state.ledger.settle(waiting.entry, "stale")
+        else:
+            state.queue.add(waiting)
 
     def _cancel_others(self, entry: Entry) -> None:
         """A late result came in: whoever works on another attempt may stop."""
@@ -174,24 +183,30 @@ class LeaseDesk:
                 self._state.send(held.worker, Cancel(group_ids=(other.group_id,)))
 
     def failed(self, worker: Peer, message: Failed) -> None:
-        """A group cannot be completed. Raises: RunFailed where the reward has failed too many times in a row."""
-        state = self._state
-        state.send(worker.name, Ack(group_id=message.group_id, accepted=True))
-        current = state.evaluations.current
-        if current is not None and message.group_id in current.leased:
-            current.fail(message.group_id)
-            logger.warning("evaluation: %s failed: %s", message.cause, message.error)
-            return
+        """A group cannot be completed.
+
+        Raises: RunFailed where the reward has failed too many times in a row; MalformedMessage for another's lease.
+        """
+        state, current = self._state, self._state.evaluations.current
+        evaluated = current.leased.get(message.group_id) if current is not None else None
         held, entry = state.leases.get(message.group_id), state.ledger.get(message.group_id)
-        if held is None or entry is None or entry.state != "leased":
-            return
-        logger.warning("group %s failed (%s): %s", message.group_id, message.cause, message.error)
-        if message.cause == "reward":
-            state.leases.drop(entry.group_id)
-            state.ledger.settle(entry, "failed")
-            self._count_reward_failure(message.error)
-        else:
+        holder = evaluated[0] if evaluated is not None else held.worker if held is not None else worker.name
+        check_holder(worker, holder)
+        state.send(worker.name, Ack(group_id=message.group_id, accepted=True))
+        if current is not None and evaluated is not None:
+            logger.warning("evaluation: %s failed: %s", message.cause, message.error)
+            current.fail(message.group_id)
+        elif held is not None and entry is not None and entry.state == "leased":
+            logger.warning("group %s failed (%s): %s", message.group_id, message.cause, message.error)
+            self._settle_failure(held, entry, message)
+
+    def _settle_failure(self, held: Held, entry: Entry, message: Failed) -> None:
+        if message.cause == "engine":
             self._lease_lost(held)
+            return
+        self._state.leases.drop(entry.group_id)
+        self._state.ledger.settle(entry, "failed")
+        self._count_reward_failure(message.error)
 
     def _count_reward_failure(self, error: str) -> None:
         self._reward_failures += 1
@@ -215,8 +230,10 @@ class LeaseDesk:
             self._lease_lost(held)
 
     def applied(self, worker: Peer, message: VersionApplied) -> None:
+        """Raises: MalformedMessage for a version it was not told of: admission relies on what workers say here."""
+        if message.version > worker.announced:
+            raise MalformedMessage(f"version {message.version} applied, {worker.announced} is the newest announced")
         worker.version = max(worker.version, message.version)
-        worker.announced = max(worker.announced, message.version)
         self._state.metrics.applied(message)
         self._state.touch()
 
@@ -241,6 +258,12 @@ class LeaseDesk:
         else:
             state.leases.expire(held.group_id)
             state.ledger.expire(entry)
+
+
+def check_holder(worker: Peer, holder: str) -> None:
+    """Raises: MalformedMessage if the lease is another worker's."""
+    if worker.name != holder:
+        raise MalformedMessage(f"that group is leased to {holder}")
 
 
 def check_against_lease(group: Group, prompt: Prompt, group_size: int, max_tokens: int) -> None:

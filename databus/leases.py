@@ -41,9 +41,6 @@ class Leases:
     def overdue(self, now: float) -> list[Held]:
         return [held for held in self._held.values() if held.deadline <= now]
 
-    def next_deadline(self) -> float | None:
-        return min((held.deadline for held in self._held.values()), default=None)
-
     def expire(self, group_id: str) -> None:
         held = self._held.pop(group_id, None)
         if held is not None:

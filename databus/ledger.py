@@ -27,12 +27,17 @@ SETTLED: tuple[State, ...] = ("trained", "stale", "filtered", "failed")
 
 @dataclass
 class Entry:
-    """An open group. order: place among all leases of the run. step: the batch that holds it, once cut."""
+    """An open group.
+
+    order: place among all leases of the run. next_attempt: the first of its cursor that was never leased.
+    step: the batch that holds it, once cut.
+    """
 
     group_id: str
     cursor: int
     attempt: int
     order: int
+    next_attempt: int
     state: State = "leased"
     step: int | None = None
 
@@ -76,9 +81,14 @@ class Ledger:
         return self._by_state["leased"]
 
     @property
+    def completed(self) -> int:
+        """Groups completed and not settled yet: they wait, or their batch is being trained."""
+        return self._by_state["completed"]
+
+    @property
     def accepted(self) -> int:
         """Groups trained, or completed and not settled yet."""
-        return self._settled["trained"] + self._by_state["completed"]
+        return self._settled["trained"] + self.completed
 
     def counts(self) -> dict[str, int]:
         """Totals since the run's start: settled groups by state, and leases that expired."""
@@ -95,7 +105,8 @@ class Ledger:
         else:
             cursor, attempt = self._next_cursor, 0
             self._next_cursor += 1
-        entry = Entry(group_id_of(self._run_id, cursor, attempt), cursor, attempt, self._num_leases)
+        group_id = group_id_of(self._run_id, cursor, attempt)
+        entry = Entry(group_id, cursor, attempt, self._num_leases, next_attempt=attempt + 1)
         self._on_transition(entry, "leased")
         self._num_leases += 1
         self._open[entry.group_id] = entry
@@ -107,13 +118,15 @@ class Ledger:
         """The lease is lost; its cursor is leased again before new ones, and a late result is still welcome."""
         self._move(entry, "expired")
         self._expiries += 1
-        self._pending.append((entry.cursor, entry.attempt + 1))
+        self._pending.append((entry.cursor, entry.next_attempt))
 
     def complete(self, entry: Entry) -> list[Entry]:
         """The result is in. Returns: other attempts of the cursor that were under way, which nobody needs any more."""
         self._move(entry, "completed")
         others = [other for other in self._attempts[entry.cursor].values() if other is not entry]
         for other in others:
+            # The cursor may have to be leased again, and never under an id that somebody may still answer.
+            entry.next_attempt = max(entry.next_attempt, other.next_attempt)
             if other.state == "leased":
                 self._move(other, "expired")
                 self._expiries += 1
@@ -131,7 +144,7 @@ class Ledger:
     def requeue(self, entry: Entry) -> None:
         """Settle as stale, and lease the cursor once more."""
         self.settle(entry, "stale")
-        self._pending.append((entry.cursor, entry.attempt + 1))
+        self._pending.append((entry.cursor, entry.next_attempt))
 
     def pending_at(self, step: int) -> tuple[tuple[int, int], ...]:
         """Cursors below `next_cursor` that have no settled group before `step`, each with its next attempt.
@@ -141,7 +154,7 @@ class Ledger:
         waiting: dict[int, int] = {}
         for entry in sorted(self._open.values(), key=lambda item: item.order):
             if entry.step is None or entry.step >= step:
-                waiting[entry.cursor] = max(waiting.get(entry.cursor, 0), entry.attempt + 1)
+                waiting[entry.cursor] = max(waiting.get(entry.cursor, 0), entry.next_attempt)
         for cursor, attempt in self._pending:
             waiting[cursor] = max(waiting.get(cursor, 0), attempt)
         return tuple(waiting.items())

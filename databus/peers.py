@@ -36,9 +36,13 @@ RATE_WINDOW_S = 10.0
 
 @dataclass
 class Peer:
-    """version: what a worker serves. announced: the newest version it was told of. credits: of `Credits.total`."""
+    """route: of its connection. version: what a worker serves. announced: the newest version it was told of.
+
+    credits: of `Credits.total`.
+    """
 
     hello: Hello
+    route: bytes
     heard: float
     version: int
     announced: int
@@ -85,14 +89,16 @@ class Peers:
     def learner(self) -> Peer | None:
         return next((peer for peer in self if peer.role == "learner"), None)
 
-    def objection(self, sender: str, hello: Hello, run_id: str) -> str:
-        """Why this peer cannot be let in; "" if it can."""
+    def objection(self, sender: str, hello: Hello, run_id: str, newest: int) -> str:
+        """Why this peer cannot be let in; "" if it can. Args: newest: version that a worker may serve at most."""
         if hello.protocol != PROTOCOL:
             return f"it speaks protocol {hello.protocol}, this run {PROTOCOL}: use the same version of Echelon"
         if hello.run_id not in ("", run_id):
             return f"it belongs to run {hello.run_id}, this is {run_id}"
         if sender != hello.name or not sender:
             return f"connected as {sender!r} but calls itself {hello.name!r}"
+        if hello.role == "worker" and hello.version > newest:
+            return f"it serves version {hello.version}, the newest of this run is {newest}"
         known = self._peers.get(sender)
         if known is not None and not same_process(known.hello, hello) and is_alive(known.hello):
             return f"the name {sender!r} is taken by pid {known.hello.pid} on {known.hello.host}: choose another"
@@ -101,9 +107,9 @@ class Peers:
             return f"the run has a learner already: {learner.name}"
         return ""
 
-    def add(self, hello: Hello) -> Peer:
+    def add(self, hello: Hello, route: bytes) -> Peer:
         now = time.monotonic()
-        peer = Peer(hello=hello, heard=now, version=hello.version, announced=hello.version)
+        peer = Peer(hello=hello, route=route, heard=now, version=hello.version, announced=hello.version)
         self._peers[hello.name] = peer
         return peer
 

@@ -61,6 +61,11 @@ class RunState:
         """The newest published version; None before the learner is ready."""
         return max(self.versions, default=None)
 
+    @property
+    def accepted(self) -> int:
+        """Groups that steps taken have used up, and completed ones; whatever the batch size was before a resumption."""
+        return self.step * self.config.batch_groups + self.ledger.completed
+
     def touch(self) -> None:
         """Something went forward."""
         self.progress = time.monotonic()

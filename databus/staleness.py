@@ -27,20 +27,25 @@ class StalenessGate:
         """
         return (self.max_staleness + version + 1) * self.batch_groups - (accepted + running)
 
-    def is_fresh(self, group: Group, step: int) -> bool:
-        """Has no loss-bearing token a lag above η at this step? False as well where no token bears loss."""
-        oldest = group.oldest_loss_version()
-        return oldest is not None and step - oldest <= self.max_staleness
+    def can_train(self, loss_versions: tuple[int, int] | None, step: int) -> bool:
+        """May step `step` train a group whose loss-bearing tokens have versions from .. to (None: it has none)?
+
+        Once it may not, no later step may.
+        """
+        if loss_versions is None:
+            return False
+        oldest, newest = loss_versions
+        return step - (newest if self.policy == "mask" else oldest) <= self.max_staleness
 
     def admit(self, group: Group, step: int) -> Group | None:
         """The group as step `step` may train it; None where it has become stale.
 
         Under `mask` older tokens lose their loss, and the group is stale only once no token is left.
         """
-        if self.is_fresh(group, step):
-            return group
-        if self.policy != "mask":
+        versions = group.loss_versions()
+        if versions is None or not self.can_train(versions, step):
             return None
+        if step - versions[0] <= self.max_staleness:
+            return group
         fresh = (step - group.token_versions() <= self.max_staleness).astype(np.uint8)
-        masked = replace(group, loss_mask=group.loss_mask * fresh)
-        return masked if masked.loss_mask.any() else None
+        return replace(group, loss_mask=group.loss_mask * fresh)

@@ -2,8 +2,9 @@
 
 import logging
 
+from databus.evaluation import Evaluation
 from databus.ledger import Entry
-from databus.messages import BatchRequest, Position, PositionRequest, Refused, StepDone, VersionPublished
+from databus.messages import BatchRequest, Cancel, Position, PositionRequest, Refused, StepDone, VersionPublished
 from databus.peers import Peer
 from databus.prompts import MetricsSink, SampledGroup
 from databus.run_state import RunState
@@ -21,11 +22,17 @@ class StepDesk:
         self._state = state
         self._sink = sink
         self._rows = RowQueue(sink.write)
+        self._has_last_row = False
 
     def finished(self) -> bool:
         """All steps are taken, all evaluations done, all rows written."""
         state = self._state
-        return state.step >= state.config.steps and state.evaluations.current is None and not len(self._rows)
+        return (
+            state.step >= state.config.steps
+            and not state.evaluations.awaits_last_version()
+            and state.evaluations.current is None
+            and not len(self._rows)
+        )
 
     def requested(self, learner: Peer, message: BatchRequest) -> None:
         """Note that the learner is ready for a batch; the same one again where it asks again."""
@@ -76,7 +83,13 @@ class StepDesk:
         self._sink.samples(batch.step, chosen)
         state.batch, state.requested, state.step = None, None, message.step + 1
         state.touch()
-        if state.step == state.config.steps and state.evaluations.is_known(state.step):
+        self._add_last_row()
+
+    def _add_last_row(self) -> None:
+        """The last version has no step, but an evaluation; the learner may report it before or after its last step."""
+        state = self._state
+        if state.step == state.config.steps and state.evaluations.is_known(state.step) and not self._has_last_row:
+            self._has_last_row = True
             self._rows.add({"step": state.step, "time_s": state.metrics.elapsed_s()})
 
     def published(self, message: VersionPublished) -> None:
@@ -86,6 +99,7 @@ class StepDesk:
             del state.versions[version]
         state.evaluations.published(message.version)
         state.touch()
+        self._add_last_row()
 
     def position(self, learner: Peer, message: PositionRequest) -> None:
         state = self._state
@@ -99,7 +113,13 @@ class StepDesk:
 
     def tick(self, now: float) -> None:
         """Close evaluations, write the rows that nothing holds back any more."""
-        while self._state.evaluations.tick(now):
+        while closed := self._state.evaluations.tick(now):
             self._state.touch()
+            self._cancel(closed)
         evaluations = self._state.evaluations
         self._rows.flush(evaluations.is_pending, evaluations.take_result)
+
+    def _cancel(self, evaluation: Evaluation) -> None:
+        """Where it was abandoned: its problems would only keep engines busy."""
+        for group_id, (worker, _) in evaluation.leased.items():
+            self._state.send(worker, Cancel(group_ids=(group_id,)))

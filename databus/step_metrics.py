@@ -72,12 +72,13 @@ class StepMetrics:
 
 
 def _reward_metrics(batch: CutBatch) -> dict[str, float]:
-    metrics = {"reward/mean": float(np.mean(np.concatenate([item.group.rewards for item in batch.groups])))}
+    """A part that calls itself `mean` does not hide the reward's own."""
+    mean = float(np.mean(np.concatenate([item.group.rewards for item in batch.groups])))
     parts: dict[str, list[float]] = {}
     for item in batch.groups:
         for column, name in enumerate(item.reward_names):
             parts.setdefault(name, []).extend(item.group.reward_parts[:, column].tolist())
-    return metrics | {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()}
+    return {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()} | {"reward/mean": mean}
 
 
 def _length_metrics(batch: CutBatch) -> dict[str, float]:

@@ -1,9 +1,12 @@
 """The two ends of the bus: one ROUTER at the broker, one DEALER at each peer.
 
-A message on the wire is a msgpack header and its column frames; the ROUTER puts the sender's name in front.
+A message on the wire is a msgpack header and its column frames; the ROUTER puts the sender's route in front: its
+name and a tag that no other connection has. So a second peer under a taken name can be told so, and cannot push the
+first one out.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,22 +16,25 @@ import zmq
 
 from databus.address import check_address
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
-from databus.messages import ToBroker
+from databus.messages import Hello, ToBroker
 
 logger = logging.getLogger(__name__)
 
 MAX_FRAMES = 4096
+MAX_NAME_BYTES = 200
+ROUTE_TAG = "#"
 LINGER_MS = 2000
 SEND_QUEUE = 100_000
 """Messages that may wait for a slow peer; credits and heartbeats keep queues far below."""
 
 
 class Received(NamedTuple):
-    """A message that arrived at the broker, or what was wrong with it."""
+    """A message that arrived at the broker, or what was wrong with it. route: of the connection it came by."""
 
     peer: str
     message: ToBroker | MalformedMessage
     frames: Sequence[Frame]
+    route: bytes
 
 
 def make_socket(context: zmq.Context, kind: int, max_message_bytes: int) -> zmq.Socket:
@@ -41,6 +47,18 @@ def make_socket(context: zmq.Context, kind: int, max_message_bytes: int) -> zmq.
     return socket
 
 
+def is_ipv6(address: str) -> bool:
+    """zmq wants to be told; told so of an IPv4 address, it would call it by another name."""
+    return address.startswith("tcp://[")
+
+
+def new_route(name: str) -> bytes:
+    """A route for one connection of the peer `name`. Raises: ValueError for a name that cannot be one."""
+    if not 1 <= len(name.encode()) <= MAX_NAME_BYTES or ROUTE_TAG in name:
+        raise ValueError(f"{name!r} cannot be a peer's name: 1 to {MAX_NAME_BYTES} bytes without {ROUTE_TAG!r}")
+    return f"{name}{ROUTE_TAG}{os.urandom(4).hex()}".encode()
+
+
 class BrokerSocket:
     """The broker's ROUTER. Single-threaded."""
 
@@ -51,9 +69,11 @@ class BrokerSocket:
         self._socket = make_socket(self._context, zmq.ROUTER, max_message_bytes)
         # Without this a message for a peer that is gone vanishes silently.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # A peer that reconnects under its name takes its old connection's place.
+        # A peer that reconnects takes its old connection's place.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._decoder = msgspec.msgpack.Decoder(ToBroker)
+        self._routes: dict[str, bytes] = {}
+        self._socket.setsockopt(zmq.IPV6, is_ipv6(address))
         try:
             _refuse_taken_ipc(address)
             self._socket.bind(address)
@@ -69,21 +89,34 @@ class BrokerSocket:
         if not self._socket.poll(max(0, int(timeout_s * 1000))):
             return None
         identity, *frames = self._socket.recv_multipart(copy=False)
-        peer = bytes(identity.buffer).decode(errors="replace")
+        route = bytes(identity.buffer)
+        peer = route.decode(errors="replace").partition(ROUTE_TAG)[0]
         if not 1 <= len(frames) <= MAX_FRAMES:
-            return Received(peer, MalformedMessage(f"a message of {len(frames)} frames"), ())
+            return Received(peer, MalformedMessage(f"a message of {len(frames)} frames"), (), route)
         try:
             message = decode_header(frames[0].buffer, self._decoder)
         except MalformedMessage as error:
-            return Received(peer, error, ())
-        return Received(peer, message, [frame.buffer for frame in frames[1:]])
+            return Received(peer, error, (), route)
+        if isinstance(message, Hello):
+            self._routes.setdefault(peer, route)  # a free seat is taken by whoever asks first
+        return Received(peer, message, [frame.buffer for frame in frames[1:]], route)
+
+    def seat(self, peer: str, route: bytes) -> None:
+        """From now on the peer of this name is reached by this route."""
+        self._routes[peer] = route
+
+    def forget(self, peer: str) -> None:
+        self._routes.pop(peer, None)
 
     def send(self, peer: str, message: msgspec.Struct, frames: Sequence[Frame] = ()) -> bool:
-        """False if the peer is gone or takes nothing any more."""
+        """False if the peer has no seat, is gone, or takes nothing any more."""
+        route = self._routes.get(peer)
+        return route is not None and self.answer(route, message, frames)
+
+    def answer(self, route: bytes, message: msgspec.Struct, frames: Sequence[Frame] = ()) -> bool:
+        """Send to whoever is behind a route, seated or not. False if nobody is, or takes nothing any more."""
         try:
-            self._socket.send_multipart(
-                [peer.encode(), encode_header(message), *frames], flags=zmq.DONTWAIT, copy=False
-            )
+            self._socket.send_multipart([route, encode_header(message), *frames], flags=zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise

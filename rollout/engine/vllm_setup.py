@@ -25,6 +25,9 @@ def set_environment(config: RolloutConfig, model: str) -> None:
     }
     if config.device == "cpu":
         settings["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
+        if config.enforce_eager:
+            # vLLM 0.32.0 compiles its log-probability ops even so: that needs a C++ compiler, and ten seconds.
+            settings["TORCH_COMPILE_DISABLE"] = "1"
     if Path(model).is_dir():
         settings["HF_HUB_OFFLINE"] = "1"
     for name, value in settings.items():

@@ -28,7 +28,7 @@ from databus.messages import (
     VersionApplied,
     VersionPublished,
 )
-from databus.prompts import Prompt, SampledGroup
+from databus.prompts import Prompt, PromptSource, SampledGroup
 
 
 def broker_config(address: str, **changes: Any) -> BrokerConfig:
@@ -99,17 +99,19 @@ class Sink:
 class RunningBroker:
     """A broker in a thread; `failure` is what ended it."""
 
-    def __init__(self, config: BrokerConfig, evals: Sequence[Prompt] = (), **more: Any) -> None:
+    def __init__(
+        self, config: BrokerConfig, evals: Sequence[Prompt] = (), prompts: PromptSource | None = None, **more: Any
+    ) -> None:
         self.sink = Sink()
-        self.broker = Broker(config, Prompts(), evals, self.sink, **more)
-        self.failure: Exception | None = None
+        self.broker = Broker(config, prompts or Prompts(), evals, self.sink, **more)
+        self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             self.broker.run()
-        except Exception as error:
+        except BaseException as error:
             self.failure = error
 
     def join(self, timeout_s: float = 20.0) -> None:
@@ -126,6 +128,15 @@ def connect(address: str, name: str, role: Any, **more: Any) -> BusClient:
 def send_group(client: BusClient, group_id: str, group: Group) -> None:
     columns, frames = encode_columns(group.columns())
     client.send(Completed(group_id=group_id, columns=columns, reward_names=("reward",)), frames)
+
+
+def receives_nothing(client: BusClient, kind: type, for_s: float = 0.5) -> bool:
+    """No message of that kind comes for so long."""
+    try:
+        receive(client, kind, for_s)
+    except AssertionError:
+        return True
+    return False
 
 
 def receive(client: BusClient, kind: type, timeout_s: float = 5.0) -> Any:

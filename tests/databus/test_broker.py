@@ -206,15 +206,14 @@ def test_reward_that_fails_in_a_row_ends_the_run(address: str) -> None:
 def test_engine_failures_are_tried_again_then_counted(address: str) -> None:
     running = RunningBroker(broker_config(address, batch_groups=1, max_staleness=0, steps=1))
     worker = connect(address, "w", "worker", max_sequences=8)
-    attempts = []
+    leases: list[Lease] = []
     for total in range(1, 5):
         worker.send(Credits(total=total))
-        lease = receive(worker, Lease)
-        attempts.append((lease.cursor, lease.attempt))
+        leases.append(receive(worker, Lease))
         if total < 4:
-            worker.send(Failed(group_id=lease.group_id, cause="engine", error="out of memory"))
-    assert attempts == [(0, 0), (0, 1), (0, 2), (1, 0)]
-    send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[0], [0]]))
+            worker.send(Failed(group_id=leases[-1].group_id, cause="engine", error="out of memory"))
+    assert [(lease.cursor, lease.attempt) for lease in leases] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    send_group(worker, leases[-1].group_id, make_group(leases[-1].prompt_ids, [[0], [0]]))
     learner = ScriptedLearner(address)
     learner.step(0)
     learner.finish()

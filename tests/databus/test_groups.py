@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scripted import make_group
 
 from databus.codec import MalformedMessage
@@ -78,3 +79,22 @@ def test_lengths_that_only_overflow_into_the_right_sum() -> None:
     lengths = np.array([2**31 - 1, 2**31 - 1, 7], np.int32)  # 5 modulo 2**32
     with pytest.raises(MalformedMessage):
         group_from_columns(columns | {"lengths": lengths})
+
+
+def _any_array(name: str) -> st.SearchStrategy[np.ndarray]:
+    dtype, dimensions = GROUP_COLUMNS[name]
+    shapes = hnp.array_shapes(min_dims=dimensions, max_dims=dimensions, min_side=0, max_side=4)
+    return hnp.arrays(np.dtype(dtype), shapes)
+
+
+@given(st.fixed_dictionaries({}, optional={name: _any_array(name) for name in GROUP_COLUMNS}))
+def test_whatever_comes_is_a_sound_group_or_malformed(changed: dict[str, np.ndarray]) -> None:
+    """No other error, and nothing gets through that later code could stumble over."""
+    try:
+        group = group_from_columns(columns | changed)
+    except MalformedMessage:
+        return
+    assert group.token_versions().shape == group.token_ids.shape == group.logprobs.shape == group.loss_mask.shape
+    assert group.lengths.sum() == group.num_tokens and group.rewards.shape == (group.size,)
+    assert np.isfinite(group.logprobs).all() and np.isfinite(group.rewards).all()
+    assert min(group.token_ids.min(initial=0), group.version_values.min(initial=0)) >= 0

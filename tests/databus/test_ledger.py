@@ -46,6 +46,18 @@ def test_late_result_replaces_the_next_attempt() -> None:
     assert ledger.lease().cursor == 1
 
 
+def test_no_id_is_leased_twice_after_a_late_result() -> None:
+    """Whoever holds the attempt that the late result replaced may answer it yet."""
+    ledger = Ledger("r")
+    first = ledger.lease()
+    ledger.expire(first)
+    second = ledger.lease()
+    ledger.complete(first)
+    assert ledger.pending_at(0) == ((0, 2),)
+    ledger.requeue(first)
+    assert ledger.lease().attempt == 2 and second.attempt == 1
+
+
 def test_every_transition_is_told_before_it_is_made() -> None:
     seen: list[tuple[str, str]] = []
     ledger = Ledger("r", on_transition=lambda entry, state: seen.append((entry.state, state)))

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from hypothesis import event, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scripted import make_group
@@ -33,6 +33,24 @@ def test_admit_by_policy() -> None:
     assert old.loss_mask.tolist() == [1, 1, 1, 1]
     assert gate(policy="mask").admit(old, 4) is None
     assert gate().admit(make_group((1,), [[0], [0]], loss_mask=[0, 0]), 0) is None
+
+
+@given(
+    versions=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), max_size=6),
+    max_staleness=st.integers(0, 3),
+    policy=st.sampled_from(["drop", "mask", "requeue"]),
+    step=st.integers(0, 8),
+)
+def test_what_can_be_trained_is_what_is_admitted(
+    versions: list[tuple[int, int]], max_staleness: int, policy: Any, step: int
+) -> None:
+    """The queue asks `can_train` of two remembered versions, the cut `admit` of all tokens."""
+    group = make_group((1,), [[version for version, _ in versions], []], loss_mask=[loss for _, loss in versions])
+    admitted = gate(max_staleness, policy).admit(group, step)
+    assert (admitted is not None) == gate(max_staleness, policy).can_train(group.loss_versions(), step)
+    if admitted is not None:
+        lags = step - admitted.token_versions()[admitted.loss_mask.astype(bool)]
+        assert lags.size and lags.max() <= max_staleness
 
 
 def test_batch_takes_the_oldest_first() -> None:
@@ -113,6 +131,18 @@ class StalenessMachine(RuleBasedStateMachine):
             self.ledger.expire(entry)
             self.late[entry.group_id] = (entry, versions)
 
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def overtake(self, data: st.DataObject) -> None:
+        """A lease expires, its cursor goes to the other worker, and the first result comes in after all."""
+        entry, worker, versions = self.running.pop(data.draw(st.sampled_from(sorted(self.running))))
+        self.ledger.expire(entry)
+        self.late[entry.group_id] = (entry, versions)
+        self.lease(1 - worker)
+        if self.ledger.get(entry.group_id) is entry:
+            del self.late[entry.group_id]
+            self._complete(entry, versions)
+
     @rule(left=st.integers(0, 2))
     def whole_round(self, left: int) -> None:
         """What mostly happens: all serve the newest version and fill up, all but the oldest complete, a step."""
@@ -153,6 +183,12 @@ class StalenessMachine(RuleBasedStateMachine):
             trained = [group_id for batch in self.batches for group_id in batch]
             assert len(trained) == len(set(trained))
             assert all(count == 1 for count in self.cursors_done.values())
+
+    @invariant()
+    def no_id_is_leased_twice(self) -> None:
+        if hasattr(self, "moves"):
+            leased = [group_id for group_id, state, to in self.moves if state == to == "leased"]
+            assert len(leased) == len(set(leased))
 
     @invariant()
     def bound_on_work(self) -> None:

@@ -27,6 +27,18 @@ def test_addresses_beyond_this_machine_are_refused(address: str) -> None:
         BrokerSocket(address, LIMIT)
 
 
+@pytest.mark.parametrize("port", ["0", "65536", "99999"])
+def test_ports_that_zmq_would_wrap_are_refused(port: str) -> None:
+    with pytest.raises(ValueError, match="a port is 1 to 65535"):
+        check_address(f"tcp://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("name", ["", "a#b", "x" * 201])
+def test_names_that_cannot_be_routes_are_refused(name: str, address: str) -> None:
+    with pytest.raises(ValueError, match="cannot be a peer's name"):
+        BusClient(address, Hello(role="worker", name=name))
+
+
 def test_auto_address_survives_a_long_folder(tmp_path: Path) -> None:
     assert resolve_address("auto", Path("/tmp/run")) == "ipc:///tmp/run/bus.sock"
     long = resolve_address("auto", tmp_path / ("x" * 120))
@@ -50,9 +62,21 @@ def test_ipc_socket_of_a_living_broker_is_not_taken_over(address: str) -> None:
     BrokerSocket(address, LIMIT).close()  # what a dead one left behind is no obstacle
 
 
-def test_tcp_loopback_carries_messages() -> None:
-    broker = BrokerSocket("tcp://127.0.0.1:*", LIMIT)
-    assert broker.address.startswith("tcp://127.0.0.1:")
+def _listens_on_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_tcp_loopback_carries_messages(host: str) -> None:
+    if host == "[::1]" and not _listens_on_ipv6():
+        pytest.skip("no IPv6 on this machine")
+    broker = BrokerSocket(f"tcp://{host}:*", LIMIT)
+    assert broker.address.startswith("tcp://127.0.0.1:" if host == "localhost" else f"tcp://{host}:")
     client = _connected(broker, broker.address)
     client.send(Credits(total=3), [b"abc"])
     received = _next(broker, Credits)
@@ -60,6 +84,41 @@ def test_tcp_loopback_carries_messages() -> None:
     client.close("done")
     assert _next(broker, Goodbye).message == Goodbye(reason="done")
     broker.close()
+
+
+def test_seats_and_routes(address: str) -> None:
+    """Two connections of one name: each can be answered, one of them is the name's."""
+    broker = BrokerSocket(address, LIMIT)
+    first = _connected(broker, address)
+    second = BusClient(address, Hello(role="worker", name="w", pid=2))
+    connecting = threading.Thread(target=second.connect, args=(5.0,))
+    connecting.start()
+    route = _route_of_hello(broker, pid=2)
+    broker.answer(route, Welcome(run_id="second", heartbeat_s=1, peer_timeout_s=5))
+    connecting.join(5.0)
+    broker.send("w", Stop(reason="to the first"))
+    assert _stop(first) == "to the first"
+    broker.seat("w", route)
+    broker.send("w", Stop(reason="to the second"))
+    assert _stop(second) == "to the second"
+    broker.forget("w")
+    assert not broker.send("w", Stop(reason="to nobody"))
+    for client in (first, second):
+        client.close()
+    broker.close()
+
+
+def _route_of_hello(broker: BrokerSocket, pid: int) -> bytes:
+    while True:
+        received = _next(broker, Hello)
+        if isinstance(received.message, Hello) and received.message.pid == pid:
+            return received.route
+
+
+def _stop(client: BusClient) -> str:
+    arrived = client.recv(2.0)
+    assert arrived is not None and isinstance(arrived.message, Stop)
+    return arrived.message.reason
 
 
 def test_unknown_peer_is_reported_not_dropped(address: str) -> None:

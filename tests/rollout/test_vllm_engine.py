@@ -105,10 +105,17 @@ def test_update_in_flight_switches_at_a_token(
                 return
             finished.append(await served.engine.generate(request(f"busy{lane}.{turn}", size=8, tokens=150)))
 
+    async def some_more() -> None:
+        """By groups, not by seconds: a slow machine must see as many begin and end under each version."""
+        goal = len(finished) + 6
+        async with asyncio.timeout(60):
+            while len(finished) < goal:
+                await asyncio.sleep(0.02)
+
     async def scenario() -> None:
         lanes = [asyncio.ensure_future(keep_busy(lane)) for lane in range(6)]
         for version in range(4, 14):
-            await asyncio.sleep(0.25)
+            await some_more()
             history[version] = other_weights(version)
             report = await served.update(make_snapshot(history[version], version), history[version])
             assert 0 < report.pause_s < 30
