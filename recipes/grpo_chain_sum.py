@@ -33,7 +33,7 @@ def recipe() -> RunConfig:
         group_size=16,
         batch_groups=16,
         rollout=RolloutConfig(max_sequences=256, context_tokens=256, max_tokens=128),
-        learner=LearnerConfig(steps=130, lr=1e-4, warmup_steps=5, schedule="linear", microbatch_tokens=2048),
+        learner=LearnerConfig(steps=100, lr=1e-4, warmup_steps=5, schedule="linear", microbatch_tokens=2048),
         eval=EvalConfig(every=10),
         wandb=WandbConfig(mode="disabled"),
     )
