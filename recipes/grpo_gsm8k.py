@@ -2,7 +2,8 @@
 
     echelon run recipes/grpo_gsm8k.py rollout.device=cuda learner.device=cuda
 
-Needs one or two NVIDIA GPUs and the hub (or the same files on disk: `model=DIR data.train=FILE.parquet
+Not yet run at this size: tested for two steps with a tiny model on a file in GSM8K's schema. Needs one or two
+NVIDIA GPUs and the hub (or the same files on disk: `model=DIR data.train=FILE.parquet
 data.eval=FILE.parquet`). The reward is math-verify's on the final answer.
 """
 

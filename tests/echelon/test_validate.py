@@ -20,6 +20,8 @@ def error(*overrides: str) -> str:
 
 def test_defaults_are_consistent() -> None:
     validate(CONFIG)
+    with pytest.raises(ValueError, match="group_size"):  # so that it is known to look
+        validate(apply_overrides(CONFIG, ["group_size=100000"]))
 
 
 @pytest.mark.parametrize(
