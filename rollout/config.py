@@ -37,6 +37,19 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Speculative drafting. policy: only `off` in this version."""
+    """Speculative drafting from suffix trees of earlier completions; see `rollout.drafting`.
 
-    policy: Literal["off"] = "off"
+    policy: how many tokens are drafted for whom. `marginal`: where the expected gain in tokens a second is
+        largest, by a latency model fitted online; `logarithmic`: by the logarithm of a request's predicted length
+        (arXiv 2511.13841); `off`: no drafting.
+    max_tokens: most tokens drafted for one request at a time.
+    window_versions: completions sampled more than so many policy versions ago are forgotten.
+    history_tokens: newest completions of a problem that travel with its lease, at most so many tokens.
+    index_tokens: tokens that an engine's trees hold, all problems together; beyond, the least recently used go.
+    """
+
+    policy: Literal["off", "marginal", "logarithmic"] = "off"
+    max_tokens: Annotated[int, Meta(ge=1, le=64)] = 16
+    window_versions: PositiveInt = 16
+    history_tokens: Annotated[int, Meta(ge=0)] = 8192
+    index_tokens: Annotated[int, Meta(ge=1024)] = 4_000_000
