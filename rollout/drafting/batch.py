@@ -44,9 +44,12 @@ class Drafter(Protocol):
 
 
 class Batch:
-    """R rows. slots: int32 [R]. limits: int32 [R], tokens that a row may ever have, its prompt among them."""
+    """R rows. slots: int32 [R]. limits: int32 [R], tokens that a row may ever have, its prompt among them.
 
-    def __init__(self, drafter: Drafter, max_sequences: int, context_tokens: int) -> None:
+    is_end: bool [V], tokens that end a completion, of any request so far: an engine's requests share them.
+    """
+
+    def __init__(self, drafter: Drafter, max_sequences: int, context_tokens: int, vocab_size: int) -> None:
         self._drafter = drafter
         self._capacity = max_sequences
         self._context_tokens = context_tokens
@@ -56,6 +59,7 @@ class Batch:
         self.refused = 0
         self.slots = np.empty(0, np.int32)
         self.limits = np.empty(0, np.int32)
+        self.is_end = np.zeros(vocab_size, bool)
         self.seated: Array | None = None
         """Rows that have a slot; None: all of them."""
 
@@ -95,6 +99,8 @@ class Batch:
         prompt_ids = np.array(request.prompt_token_ids, np.int32)
         room = min(request.sampling_params.max_tokens, self._context_tokens - len(prompt_ids))
         limit = len(prompt_ids) + room
+        ends = request.sampling_params.stop_token_ids or ()
+        self.is_end[[token for token in ends if 0 <= token < len(self.is_end)]] = True
         try:
             facts = read_facts(request.sampling_params.extra_args, prompt_ids)
         except ValueError as error:

@@ -104,8 +104,11 @@ class Proposer:
         if batch.seated is not None:
             slots, room = slots[batch.seated], room[batch.seated]
             sampled = [sampled[row] for row in batch.seated]
-        counts = np.fromiter(map(len, sampled), np.int32, len(sampled))
-        tokens = np.fromiter(chain.from_iterable(sampled), np.int32, int(counts.sum()))
+        tokens, counts = _flat(sampled)
+        if (ends := batch.is_end[tokens]).any():
+            ended = _rows_of(ends, counts)
+            tokens, counts = _flat(_without_overrun(sampled, ended, batch.is_end))
+            room[ended] = 0
         starts = self._runner.query_start_loc.np[: len(ids) + 1]
         decode_only = not new and bool(counts.all()) and bool(np.diff(starts).max() <= 1 + self._longest_draft)
         drafts, num_drafts = drafter.propose(
@@ -113,7 +116,9 @@ class Proposer:
         )
         num_drafts = _fit(np.minimum(num_drafts, room), self._max_drafted)
         self._publish()
-        proposed = [row[:num] if num > 0 else [] for row, num in zip(drafts.tolist(), num_drafts.tolist(), strict=True)]
+        longest = int(num_drafts.max(initial=0))
+        rows = drafts[:, :longest].tolist()
+        proposed = [row[:num] if num > 0 else [] for row, num in zip(rows, num_drafts.tolist(), strict=True)]
         return proposed if batch.seated is None else _spread(proposed, batch.seated, len(ids))
 
     def _make_drafter(self, version: int) -> None:
@@ -126,7 +131,7 @@ class Proposer:
             context_tokens=self._context_tokens,
         )
         drafter.set_version(version)
-        self._batch = Batch(drafter, self._max_sequences, self._context_tokens)
+        self._batch = Batch(drafter, self._max_sequences, self._context_tokens, self._vocab_size)
         self._drafter = drafter
 
     def _publish(self) -> None:
@@ -147,6 +152,26 @@ class Proposer:
         self._earlier = self._totals | {"index_tokens": 0.0, "index_bytes": 0.0}
         self._totals = self._totals | {"failures": float(self._failures)}
         self._page.write(self._totals)
+
+
+def _flat(sampled: list[list[int]]) -> tuple[Array, Array]:
+    """Tokens of all rows, one after another, and each row's number; int32."""
+    counts = np.fromiter(map(len, sampled), np.int32, len(sampled))
+    return np.fromiter(chain.from_iterable(sampled), np.int32, int(counts.sum())), counts
+
+
+def _rows_of(chosen: Array, counts: Array) -> list[int]:
+    """Rows that have a chosen token."""
+    return list(dict.fromkeys(counts.cumsum().searchsorted(chosen.nonzero()[0], side="right").tolist()))
+
+
+def _without_overrun(sampled: list[list[int]], ended: list[int], is_end: Array) -> list[list[int]]:
+    """vLLM's worker samples on behind an accepted end token, and its scheduler drops that later. So do we."""
+    sampled = sampled.copy()
+    for row in ended:
+        tokens = sampled[row]
+        sampled[row] = tokens[: int(is_end[tokens].argmax()) + 1]
+    return sampled
 
 
 def _fit(num_drafts: Array, most: int) -> Array:

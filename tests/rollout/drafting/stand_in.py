@@ -11,6 +11,8 @@ import numpy as np
 from databus.codec import Array
 from rollout.config import DraftConfig
 
+LONGEST_BEGINNING = 12
+
 
 @dataclass
 class Seen:
@@ -32,7 +34,8 @@ class PrefixDrafter:
     def __init__(self, config: DraftConfig, *, max_sequences: int, vocab_size: int, context_tokens: int) -> None:
         self.longest = config.max_tokens
         self.vocab_size = vocab_size
-        self.texts: dict[int, list[list[int]]] = {}
+        self.begun: dict[tuple[int, ...], list[int]] = {}  # (problem, *beginning) -> how the newest text went on
+        self.after: dict[tuple[int, int], list[int]] = {}  # (problem, token) -> what followed it last
         self.seen: dict[int, Seen] = {}
         self.free = list(range(max_sequences))
         self.versions: list[int] = []
@@ -50,15 +53,15 @@ class PrefixDrafter:
     ) -> int:
         if any(((tokens < 0) | (tokens >= self.vocab_size)).any() for _, tokens in history):
             raise ValueError("a token id outside of the vocabulary")
-        self.texts.setdefault(problem, []).extend(tokens.tolist() for _, tokens in history)
+        for _, tokens in history:
+            self._keep(problem, tokens.tolist())
         slot = self.free.pop()
         self.seen[slot] = Seen(problem, prompt_ids.tolist(), max_tokens)
         return slot
 
     def remove(self, slot: int) -> None:
         ended = self.seen.pop(slot)
-        self.texts[ended.problem].append(ended.text)
-        del self.texts[ended.problem][:-300]
+        self._keep(ended.problem, ended.text)
         self.free.append(slot)
 
     def set_version(self, version: int) -> None:
@@ -93,14 +96,17 @@ class PrefixDrafter:
             self.totals["accepted"] += len(new) - 1
 
     def _draft(self, seen: Seen) -> list[int]:
-        text = seen.text
-        for other in reversed(self.texts[seen.problem]):
-            if other[: len(text)] == text and len(other) > len(text):
-                return other[len(text) :]
-        for other in reversed(self.texts[seen.problem]):
-            if text[-1] in other[:-1]:
-                return other[other.index(text[-1]) + 1 :]
-        return [(text[-1] + 1 + place) % self.vocab_size for place in range(self.longest)]
+        begun = self.begun.get((seen.problem, *seen.text))
+        last = seen.text[-1]
+        guess = [(last + 1 + place) % self.vocab_size for place in range(self.longest)]
+        return begun or self.after.get((seen.problem, last), guess)
+
+    def _keep(self, problem: int, text: list[int]) -> None:
+        for place in range(1, len(text)):
+            rest = text[place : place + self.longest]
+            self.after[problem, text[place - 1]] = rest
+            if place <= LONGEST_BEGINNING:
+                self.begun[(problem, *text[:place])] = rest
 
 
 class DefectDrafter(PrefixDrafter):

@@ -16,6 +16,7 @@ from rollout.drafting.facts import DraftFacts, problem_key
 from rollout.drafting.proposer import DraftSetup, Proposer
 
 CONTEXT, VOCABULARY, SEQUENCES, LONGEST = 40, 12, 4, 5
+END = 11
 TEXT = [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
@@ -30,7 +31,9 @@ class Runner:
         self.effective_drafter_max_model_len = CONTEXT
 
     def begin(self, name: str, facts: DraftFacts | None = None, prompt: int = 3, max_tokens: int = 20) -> None:
-        sampling = SimpleNamespace(max_tokens=max_tokens, extra_args=facts.extra_arguments() if facts else None)
+        sampling = SimpleNamespace(
+            max_tokens=max_tokens, extra_args=facts.extra_arguments() if facts else None, stop_token_ids=[END]
+        )
         self.requests[name] = SimpleNamespace(
             prompt_token_ids=[0] * prompt, output_token_ids=[], sampling_params=sampling
         )
@@ -107,6 +110,15 @@ def test_requests_that_are_gone_leave_their_text_and_their_slot() -> None:
     assert runner.step({"last": [4]}) == [[7]]
     drafter: Any = proposer._drafter
     assert len(drafter.seen) == 1
+
+
+def test_what_follows_an_end_is_neither_kept_nor_drafted_for() -> None:
+    runner, proposer, _ = started()
+    runner.begin("a", facts(7, TEXT))
+    runner.begin("b", facts(7, TEXT))
+    assert runner.step({"a": [1, 2, END, 4], "b": [1, 2]}) == [[], [3, 4, 5, 6, 7]]
+    drafter: Any = proposer._drafter
+    assert sorted(seen.text for seen in drafter.seen.values()) == [[1, 2], [1, 2, END]]
 
 
 def test_a_preempted_request_goes_on_where_it_was() -> None:
