@@ -1,0 +1,1 @@
+"""Drafting: suffix automata of earlier completions, and how many of their tokens are worth verifying."""
