@@ -105,6 +105,7 @@ class Drafter:
     def set_version(self, version: int) -> None:
         """The policy version that samples from now on."""
         self._index.version = version
+        self._index.expire(self._index.common)
 
     def propose(
         self, slots: Array, tokens: Array, counts: Array, *, decode_only: bool, num_scheduled_tokens: int
@@ -154,15 +155,15 @@ class Drafter:
     def _take(self, slots: Array, tokens: Array, counts: Array) -> None:
         index = self._index
         index.reserve(len(tokens))
-        if not take(index.arena, self._running, slots, tokens, counts, self._calibration, self._counters, index.version):
+        if not take(
+            index.arena, self._running, slots, tokens, counts, self._calibration, self._counters, index.version
+        ):
             raise MemoryError("the suffix automata have outgrown their arena")
         index.num_tokens += len(tokens)
 
     def _draft(self, slots: Array, counts: Array) -> None:
         running, config = self._running, self._config
-        draft(
-            self._index.arena, running, slots, counts, self._calibration, self._index.version, config.max_tokens
-        )
+        draft(self._index.arena, running, slots, counts, self._calibration, self._index.version, config.max_tokens)
         forget(self._calibration)
         if config.policy == "marginal":
             allocate(slots, running.survival, running.weight, running.num_drafts, *self._latency.coefficients)

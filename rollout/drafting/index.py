@@ -10,7 +10,17 @@ import numpy as np
 import xxhash
 
 from databus.codec import Array
-from rollout.drafting.automaton import FULL, NUM_STATES, count_out, free_automaton, grown, has_room, new_arena, new_state, write
+from rollout.drafting.automaton import (
+    FULL,
+    NUM_STATES,
+    count_out,
+    free_automaton,
+    grown,
+    has_room,
+    new_arena,
+    new_state,
+    write,
+)
 from rollout.drafting.compiled import refresh_cache
 
 logger = logging.getLogger(__name__)

@@ -87,7 +87,9 @@ def test_counts_every_context_of_texts_that_grow_together(texts: list[list[int]]
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(texts=TEXTS, more=TEXTS, data=st.data())
-def test_counts_follow_the_texts_that_are_left(texts: list[list[int]], more: list[list[int]], data: st.DataObject) -> None:
+def test_counts_follow_the_texts_that_are_left(
+    texts: list[list[int]], more: list[list[int]], data: st.DataObject
+) -> None:
     automaton = Automaton()
     for name, text in enumerate(texts):
         automaton.grow(name, text)
