@@ -238,7 +238,7 @@ def _add_edge(arena, state, token, target):
 
 @compiled
 def _split(arena, state, source, token):
-    """Part the contexts of `state` that are no longer than those of `source` and one token into a state of their own."""
+    """Part the contexts of `state` that are no longer than those of `source` and one token off, into a new state."""
     states = arena.states
     clone = new_state(arena, states[source, LENGTH] + 1, states[state, LINK])
     if clone < 0:

@@ -8,7 +8,7 @@ from rollout.drafting.compiled import compiled
 
 BINS = 64
 LEAST_GAIN = 1.02
-"""A round is drafted for only where the model promises at least so many times the tokens a second of one that is not."""
+"""A round is drafted for only where that promises at least so many times the tokens a second of a plain one."""
 
 
 @compiled

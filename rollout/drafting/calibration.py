@@ -1,4 +1,4 @@
-"""How often a drafted token is accepted, by the length of the match before it and by how often history went that way."""
+"""How often a drafted token is accepted, by the match before it and by how often history went that way."""
 
 import numpy as np
 

@@ -89,7 +89,7 @@ class Drafter:
         return slot
 
     def remove(self, slot: int) -> None:
-        """A request has ended; its text stays as a finished sibling's. Raises: KeyError for a slot that is not in use."""
+        """A request has ended; its text stays, as a finished sibling's. Raises: KeyError for a slot not in use."""
         problem = self._problems.pop(slot)
         problem.running.discard(slot)
         self._leave_group(slot)

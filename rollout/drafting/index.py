@@ -45,7 +45,7 @@ class Cursor(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A finished completion: int32 [t], the policy version that sampled it, and who it is, lest it be taken in twice."""
+    """A finished completion: int32 [t], the version that sampled it, who wrote it, and what it is known by."""
 
     tokens: Array
     version: int

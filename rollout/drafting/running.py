@@ -12,8 +12,8 @@ class Running(NamedTuple):
 
     last, bound, length [N]: where the request's text stands in its problem's automaton, as `automaton.write` has it.
     common, common_length [N]: its match in the automaton that all problems share.
-    writer [N]: who writes, see `writer_of`. room [N]: tokens that it may still get. weight [N] float32: what a token of
-    it is worth, 1 for an ordinary request. budget [N]: draft tokens allowed by a policy that looks at the request alone.
+    writer [N]: who writes, see `writer_of`. room [N]: tokens that it may still get. weight [N] float32: what a token
+    of it is worth, 1 for an ordinary request. budget [N]: draft tokens that the logarithmic policy allows.
     text [N, T], text_length [N]: its completion so far.
     drafts [N, K], num_drafts [N]: what was drafted last. cells [N, K]: each token's cell in the calibration.
     survival [N, K] float32: chance that it and all before it are accepted. sources, lags [N, K]: where it came from.

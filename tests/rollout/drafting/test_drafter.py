@@ -76,7 +76,7 @@ def test_running_siblings_draft_from_each_other() -> None:
     engine = Engine()
     ahead, behind = text(0), [*text(1, 30), *text(0)]
     engine.run([ahead, behind])
-    assert engine.drafter.counters()["accepted_sibling"] > 30
+    assert engine.drafter.counters()["accepted_sibling"] >= 30
 
 
 def test_history_that_came_with_the_lease_is_as_good_as_what_was_seen() -> None:
