@@ -103,15 +103,15 @@ def new_state(arena, length, link):
         registers[FULL] = 1
         return -1
     registers[NUM_STATES] += 1
-    row = arena.states[state]
-    row[LENGTH] = length
-    row[LINK] = link
-    row[COUNT] = 0
-    row[VERSION] = -1
-    row[WRITER] = -1
-    row[TOKEN] = -1
-    row[TARGET] = -1
-    row[MORE] = -1
+    states = arena.states
+    states[state, LENGTH] = length
+    states[state, LINK] = link
+    states[state, COUNT] = 0
+    states[state, VERSION] = -1
+    states[state, WRITER] = -1
+    states[state, TOKEN] = -1
+    states[state, TARGET] = -1
+    states[state, MORE] = -1
     return state
 
 
@@ -178,34 +178,39 @@ def find_edge(arena, state, token):
 @compiled
 def goto(arena, state, token):
     """The state that `token` leads to; -1 where there is none."""
-    row = arena.states[state]
-    if row[TOKEN] == token:
-        return np.int64(row[TARGET])
-    if row[MORE] < 0:
+    states = arena.states
+    if states[state, TOKEN] == token:
+        return np.int64(states[state, TARGET])
+    if states[state, MORE] < 0:
         return np.int64(-1)
     edge = find_edge(arena, state, token)
     return np.int64(arena.edges[edge, EDGE_TARGET]) if edge >= 0 else np.int64(-1)
 
 
 @compiled
-def _set_target(arena, state, token, target):
-    """Lead an edge that exists elsewhere."""
-    row = arena.states[state]
-    if row[TOKEN] == token:
-        row[TARGET] = target
-    else:
-        arena.edges[find_edge(arena, state, token), EDGE_TARGET] = target
+def _redirect(arena, state, token, old, new):
+    """Lead the edge by `token` to `new` if it leads to `old`; returns whether it did."""
+    states = arena.states
+    if states[state, TOKEN] == token:
+        if states[state, TARGET] != old:
+            return False
+        states[state, TARGET] = new
+        return True
+    edge = find_edge(arena, state, token)
+    if edge < 0 or arena.edges[edge, EDGE_TARGET] != old:
+        return False
+    arena.edges[edge, EDGE_TARGET] = new
+    return True
 
 
 @compiled
 def _add_edge(arena, state, token, target):
     """An edge that does not exist yet. The first SCAN further edges of a state keep their places."""
-    row = arena.states[state]
-    if row[TOKEN] < 0:
-        row[TOKEN] = token
-        row[TARGET] = target
+    states, registers, edges = arena.states, arena.registers, arena.edges
+    if states[state, TOKEN] < 0:
+        states[state, TOKEN] = token
+        states[state, TARGET] = target
         return
-    registers, edges = arena.registers, arena.edges
     edge = registers[EDGE_FREE]
     if edge >= 0:
         registers[EDGE_FREE] = edges[edge, EDGE_NEXT]
@@ -219,14 +224,14 @@ def _add_edge(arena, state, token, target):
     edges[edge, EDGE_TOKEN] = token
     edges[edge, EDGE_TARGET] = target
     last, scanned = np.int64(-1), 0
-    following = np.int64(row[MORE])
+    following = np.int64(states[state, MORE])
     while following >= 0 and scanned < SCAN:
         last = following
         following = np.int64(edges[following, EDGE_NEXT])
         scanned += 1
     edges[edge, EDGE_NEXT] = following
     if last < 0:
-        row[MORE] = edge
+        states[state, MORE] = edge
     else:
         edges[last, EDGE_NEXT] = edge
     if scanned == SCAN:
@@ -250,8 +255,7 @@ def _split(arena, state, source, token):
         _add_edge(arena, clone, arena.edges[edge, EDGE_TOKEN], arena.edges[edge, EDGE_TARGET])
         edge = arena.edges[edge, EDGE_NEXT]
     states[state, LINK] = clone
-    while source >= 0 and goto(arena, source, token) == state:
-        _set_target(arena, source, token, clone)
+    while source >= 0 and _redirect(arena, source, token, state, clone):
         source = np.int64(states[source, LINK])
     return clone
 
@@ -363,14 +367,13 @@ def count_out(arena, bound, length, tokens):
 def likeliest(arena, state):
     """(token, target, its count, count of all) of the commonest continuation; token -1 where none is counted."""
     states, edges = arena.states, arena.edges
-    row = states[state]
     token, target, best, total = np.int64(-1), np.int64(-1), np.int64(0), np.int64(0)
-    if row[TOKEN] < 0:
+    if states[state, TOKEN] < 0:
         return token, target, best, total
-    count = np.int64(states[row[TARGET], COUNT])
+    count = np.int64(states[states[state, TARGET], COUNT])
     if count > 0:
-        token, target, best, total = np.int64(row[TOKEN]), np.int64(row[TARGET]), count, count
-    edge = row[MORE]
+        token, target, best, total = np.int64(states[state, TOKEN]), np.int64(states[state, TARGET]), count, count
+    edge = states[state, MORE]
     seen = 1
     while edge >= 0 and seen < MAX_CHILDREN:
         count = np.int64(states[edges[edge, EDGE_TARGET], COUNT])
