@@ -56,18 +56,18 @@ def new_arena(num_states: int, num_edges: int, table_size: int = 1024) -> Arena:
     )
 
 
-def grown(arena: Arena, num_states: int, num_edges: int) -> Arena:
-    """The same automata with room for so many states and further edges, and a hash table to match."""
-    states = np.empty((max(num_states, len(arena.states)), 8), np.int32)
-    states[: len(arena.states)] = arena.states
-    edges = np.empty((max(num_edges, len(arena.edges)), 3), np.int32)
-    edges[: len(arena.edges)] = arena.edges
+def grow(arena: Arena, num_states: int, num_edges: int) -> Arena:
+    """The same automata with room for so many states and further edges, and a hash table to match.
+
+    The arrays grow in place, which for large ones moves no memory; nobody may hold a view of them.
+    """
+    arena.states.resize((max(num_states, len(arena.states)), 8), refcheck=False)
+    arena.edges.resize((max(num_edges, len(arena.edges)), 3), refcheck=False)
     live = int((arena.table[:, SLOT_STATE] >= 0).sum())
     size = 1024
     while size < 4 * live:
         size *= 2
-    table = np.full((size, 2), EMPTY, np.int32)
-    bigger = Arena(states, edges, table, arena.registers)
+    bigger = arena._replace(table=np.full((size, 2), EMPTY, np.int32))
     _rehash(arena.table, bigger)
     return bigger
 
@@ -387,37 +387,46 @@ def likeliest(arena, state):
 
 @compiled
 def free_automaton(arena, root):
-    """Give every state and edge of an automaton back, its root too."""
-    states, edges, registers = arena.states, arena.edges, arena.registers
-    waiting = np.empty(1024, np.int32)
-    waiting[0] = root
-    num_waiting = 1
+    """Give every state and edge of an automaton back, its root too. Those that wait for it are linked by COUNT."""
+    states = arena.states
     states[root, LENGTH] = -1
-    while num_waiting:
-        num_waiting -= 1
-        state = waiting[num_waiting]
-        target, edge, place = states[state, TARGET], states[state, MORE], 0
-        while target >= 0:
-            if states[target, LENGTH] >= 0:
-                states[target, LENGTH] = -1
-                if num_waiting == len(waiting):
-                    bigger = np.empty(2 * len(waiting), np.int32)
-                    bigger[:num_waiting] = waiting
-                    waiting = bigger
-                waiting[num_waiting] = target
-                num_waiting += 1
-            target = -1
-            if edge >= 0:
-                target = edges[edge, EDGE_TARGET]
-                following = edges[edge, EDGE_NEXT]
-                if place >= SCAN:
-                    slot = _table_find(arena, state, edges[edge, EDGE_TOKEN])
-                    arena.table[slot, SLOT_STATE] = DELETED
-                edges[edge, EDGE_NEXT] = registers[EDGE_FREE]
-                registers[EDGE_FREE] = edge
-                registers[NUM_EDGES] -= 1
-                place += 1
-                edge = following
-        states[state, LINK] = registers[STATE_FREE]
-        registers[STATE_FREE] = state
-        registers[NUM_STATES] -= 1
+    states[root, COUNT] = -1
+    waiting = np.int64(root)
+    while waiting >= 0:
+        state = waiting
+        waiting = np.int64(states[state, COUNT])
+        if states[state, TOKEN] >= 0:
+            waiting = _mark(arena, np.int64(states[state, TARGET]), waiting)
+        waiting = _free_edges(arena, state, waiting)
+        states[state, LINK] = arena.registers[STATE_FREE]
+        arena.registers[STATE_FREE] = state
+        arena.registers[NUM_STATES] -= 1
+
+
+@compiled
+def _mark(arena, state, waiting):
+    """Let a state wait to be freed, once. Returns: the first that waits."""
+    states = arena.states
+    if states[state, LENGTH] < 0:
+        return waiting
+    states[state, LENGTH] = -1
+    states[state, COUNT] = waiting
+    return state
+
+
+@compiled
+def _free_edges(arena, state, waiting):
+    edges, registers = arena.edges, arena.registers
+    edge = np.int64(arena.states[state, MORE])
+    place = 0
+    while edge >= 0:
+        waiting = _mark(arena, np.int64(edges[edge, EDGE_TARGET]), waiting)
+        if place >= SCAN:
+            arena.table[_table_find(arena, state, edges[edge, EDGE_TOKEN]), SLOT_STATE] = DELETED
+        following = np.int64(edges[edge, EDGE_NEXT])
+        edges[edge, EDGE_NEXT] = registers[EDGE_FREE]
+        registers[EDGE_FREE] = edge
+        registers[NUM_EDGES] -= 1
+        edge = following
+        place += 1
+    return waiting

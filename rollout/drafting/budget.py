@@ -2,8 +2,6 @@
 
 import math
 
-import numpy as np
-
 from rollout.drafting.compiled import compiled
 
 BINS = 64
@@ -12,18 +10,18 @@ LEAST_GAIN = 1.02
 
 
 @compiled
-def allocate(slots, survival, weight, num_drafts, base_s, request_s, token_s):
+def allocate(slots, survival, weight, num_drafts, base_s, request_s, token_s, counts, sums):
     """Shorten drafts to where one more token no longer raises the expected tokens a second of the round.
 
     A round of T tokens, E of them expected to be kept, takes base + request * R + token * T seconds. A draft token with
     survival s adds s to E and 1 to T, which raises E / t as long as s > token * E / t. Tokens are taken from the
-    largest weighted survival down, in 64 classes of survival. num_drafts [N] is changed in place.
+    largest weighted survival down, in BINS classes. num_drafts [N] is changed in place; counts, sums [BINS]: scratch.
     Source: the greedy marginal rule of DESIGN 6; optimal, because both E and t grow by single tokens and survivals fall
     along a draft.
     """
     num_requests = len(slots)
-    counts = np.zeros(BINS, np.int64)
-    sums = np.zeros(BINS)
+    counts[:] = 0
+    sums[:] = 0.0
     for slot in slots:
         for place in range(num_drafts[slot]):
             worth = survival[slot, place] * weight[slot]

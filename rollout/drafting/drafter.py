@@ -8,7 +8,7 @@ import numpy as np
 from databus.codec import Array
 from rollout.config import DraftConfig
 from rollout.drafting.automaton import DEPTH, follow
-from rollout.drafting.budget import allocate, logarithmic_budget
+from rollout.drafting.budget import BINS, allocate, logarithmic_budget
 from rollout.drafting.calibration import forget, new_calibration
 from rollout.drafting.index import Problem, SuffixIndex, Text, identity_of
 from rollout.drafting.latency import LatencyModel
@@ -39,7 +39,15 @@ class Drafter:
     policy `off` drafts nothing, but still learns what it is given.
     """
 
-    def __init__(self, config: DraftConfig, *, max_sequences: int, vocab_size: int, context_tokens: int) -> None:
+    def __init__(
+        self,
+        config: DraftConfig,
+        *,
+        max_sequences: int,
+        vocab_size: int,
+        context_tokens: int,
+        latency: LatencyModel | None = None,
+    ) -> None:
         self._config = config
         self._index = SuffixIndex(config.index_tokens, config.window_versions, vocab_size)
         self._running = new_running(max_sequences, config.max_tokens, context_tokens)
@@ -49,7 +57,8 @@ class Drafter:
         self._joined: dict[int, int] = {}
         self._free = list(range(max_sequences))[::-1]
         self._calibration = new_calibration()
-        self._latency = LatencyModel()
+        self._classes = (np.zeros(BINS, np.int64), np.zeros(BINS))
+        self._latency = latency or LatencyModel()
         self._counters = np.zeros(NUM_COUNTERS, np.int64)
         self._propose_s = 0.0
         self._proposals = 0
@@ -166,7 +175,9 @@ class Drafter:
         draft(self._index.arena, running, slots, counts, self._calibration, self._index.version, config.max_tokens)
         forget(self._calibration)
         if config.policy == "marginal":
-            allocate(slots, running.survival, running.weight, running.num_drafts, *self._latency.coefficients)
+            allocate(
+                slots, running.survival, running.weight, running.num_drafts, *self._latency.coefficients, *self._classes
+            )
         else:
             np.minimum(running.num_drafts, running.budget, out=running.num_drafts)
 

@@ -15,7 +15,7 @@ from rollout.drafting.automaton import (
     NUM_STATES,
     count_out,
     free_automaton,
-    grown,
+    grow,
     has_room,
     new_arena,
     new_state,
@@ -131,7 +131,7 @@ class SuffixIndex:
         """Make room for so many tokens more."""
         if not has_room(self.arena, self.num_tokens, num_tokens):
             states = int(GROWTH * (self.arena.registers[NUM_STATES] + 2 * num_tokens))
-            self.arena = grown(self.arena, states, int(GROWTH * (self.num_tokens + num_tokens)))
+            self.arena = grow(self.arena, states, int(GROWTH * (self.num_tokens + num_tokens)))
 
     def grew(self, problem: Problem, num_tokens: int) -> None:
         """A running text of the problem has been written on."""
@@ -203,7 +203,7 @@ class SuffixIndex:
     def _write(self, problem: Problem, tokens: Array, version: int, writer: int) -> Cursor:
         last, bound, length = write(self.arena, *problem.start, tokens, version, writer)
         if self.arena.registers[FULL]:
-            raise MemoryError("the suffix automata have outgrown their arena")
+            raise MemoryError("the suffix automata have outgrow their arena")
         self.grew(problem, len(tokens) + 1)
         return Cursor(int(last), int(bound), int(length))
 

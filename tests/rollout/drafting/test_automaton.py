@@ -16,7 +16,7 @@ from rollout.drafting.automaton import (
     follow,
     free_automaton,
     goto,
-    grown,
+    grow,
     has_room,
     likeliest,
     new_arena,
@@ -113,14 +113,14 @@ def test_counts_are_exact_up_to_their_depth_in_a_text_that_repeats_itself() -> N
 def test_a_state_with_thousands_of_ways_on() -> None:
     rng = np.random.default_rng(0)
     text = rng.integers(0, 3000, 20_000).astype(np.int32)
-    arena = grown(new_arena(64, 64), 50_000, 30_000)
+    arena = grow(new_arena(64, 64), 50_000, 30_000)
     root = int(new_state(arena, 0, -1))
-    arena = grown(arena, 50_000, 30_000)
+    arena = grow(arena, 50_000, 30_000)
     done = 0
     cursor = (root, root, 0)
     for chunk in np.array_split(text, 200):
         if not has_room(arena, done, len(chunk)):
-            arena = grown(arena, 50_000, 30_000)
+            arena = grow(arena, 50_000, 30_000)
         cursor = write(arena, *cursor, chunk, 0, 0)
         done += len(chunk)
     counts = np.bincount(text, minlength=3000)

@@ -24,7 +24,7 @@ def allocated(survival: list[list[float]], cost: tuple[float, float, float]) -> 
         table[row, : len(values)] = values
     num = np.array([len(row) for row in survival], np.int32)
     slots = np.arange(len(survival), dtype=np.int32)
-    allocate(slots, table, np.ones(len(survival), np.float32), num, *cost)
+    allocate(slots, table, np.ones(len(survival), np.float32), num, *cost, np.zeros(BINS, np.int64), np.zeros(BINS))
     return tuple(num.tolist())
 
 
@@ -56,7 +56,9 @@ def test_a_request_that_holds_its_group_up_gets_more() -> None:
     table = np.array([[0.5, 0.25], [0.5, 0.25]], np.float32)
     num = np.array([2, 2], np.int32)
     slots = np.arange(2, dtype=np.int32)
-    allocate(slots, table, np.array([1.5, 1.0], np.float32), num, 1e-2, 0.0, 3.5e-3)
+    allocate(
+        slots, table, np.array([1.5, 1.0], np.float32), num, 1e-2, 0.0, 3.5e-3, np.zeros(BINS, np.int64), np.zeros(BINS)
+    )
     assert num[0] > num[1]
 
 
