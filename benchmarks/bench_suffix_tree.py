@@ -168,7 +168,7 @@ def _our_step(past: list[list[Array]], problems: list[int]) -> Callable[[list[Ar
             drafter.add(
                 problem=problem,
                 prompt_ids=np.zeros(1, np.int32),
-                history=[(0, text) for text in past[problem - 1]] if row % 16 == 0 else [],
+                history=[(0, 0, text) for text in past[problem - 1]] if row % 16 == 0 else [],
                 group=problem,
                 max_tokens=4096,
             )

@@ -10,6 +10,7 @@ from rollout.config import DraftConfig
 from rollout.drafting.automaton import DEPTH, follow
 from rollout.drafting.budget import BINS, allocate, logarithmic_budget
 from rollout.drafting.calibration import forget, new_calibration
+from rollout.drafting.counters import LAGS, SOURCES
 from rollout.drafting.index import Problem, SuffixIndex, Text, identity_of
 from rollout.drafting.latency import LatencyModel
 from rollout.drafting.rounds import (
@@ -17,15 +18,13 @@ from rollout.drafting.rounds import (
     BY_LAG,
     BY_SOURCE,
     DRAFTED,
-    LAGS,
     NUM_COUNTERS,
     ROUNDS,
-    SOURCES,
     collect,
     draft,
     take,
 )
-from rollout.drafting.running import new_running, writer_of
+from rollout.drafting.running import MAX_ENDS, new_running, writer_of
 
 TYPICAL_KEEP = 0.99
 GROUP_WEIGHT = 0.5
@@ -72,28 +71,31 @@ class Drafter:
         *,
         problem: int,
         prompt_ids: Array,
-        history: Sequence[tuple[int, Array]] = (),
+        history: Sequence[tuple[int, int, Array]] = (),
         predicted_tokens: int = 0,
         group: int = 0,
         max_tokens: int,
+        end_tokens: Sequence[int] = (),
     ) -> int:
         """A request begins. Returns: its slot.
 
-        Args: problem, group: 64-bit keys. prompt_ids: int32 [P]. history: (policy version, int32 [t]) of completions of
-            the problem, newest last; those it knows, or that have left the window, are skipped.
-            predicted_tokens: 0: unknown. max_tokens: what the request may generate.
+        Args: problem, group: 64-bit keys. prompt_ids: int32 [P]. history: (policy version, identity, int32 [t]) of
+            completions of the problem, newest last; those it knows by their identity (`databus.history`; 0: none), or
+            that have left the window, are skipped. predicted_tokens: 0: unknown. max_tokens: what the request may
+            generate. end_tokens: those that end it.
         Raises: ValueError for token ids outside of the vocabulary, or more requests than slots.
         """
         if not self._free:
             raise ValueError(f"more than {len(self._running.last)} requests at once")
         found = self._index.problem(problem or 1, prompt_ids)
-        for version, tokens in history:
+        for version, identity, tokens in history:
             row = self._index.checked(tokens)
-            self._index.add(found, Text(row, version, writer_of(0, 0), identity_of(version, row)))
+            self._index.add(found, Text(row, version, writer_of(0, 0), identity or identity_of(0, row)))
         self._index.expire(found)
         if self._index.is_worn(found):
             self._rebuild(found)
         slot = self._free.pop()
+        self._running.ends[: len(end_tokens)] = end_tokens[:MAX_ENDS]
         self._begin(slot, found, group, max_tokens, predicted_tokens)
         return slot
 
@@ -101,14 +103,14 @@ class Drafter:
         """A request has ended; its text stays, as a finished sibling's. Raises: KeyError for a slot not in use."""
         problem = self._problems.pop(slot)
         problem.running.discard(slot)
-        self._leave_group(slot)
+        group = self._leave_group(slot)
         row = self._running
         tokens = row.text[slot, : row.text_length[slot]].copy()
         self._account(slot, problem)
         row.num_drafts[slot] = 0
         self._free.append(slot)
         if len(tokens):
-            self._finish(problem, tokens, int(row.writer[slot]))
+            self._finish(problem, tokens, int(row.writer[slot]), group)
         self._index.trim()
 
     def set_version(self, version: int) -> None:
@@ -211,7 +213,7 @@ class Drafter:
             state, length = follow(self._index.arena, state, length, token)
         running.common[slot], running.common_length[slot] = state, length
 
-    def _leave_group(self, slot: int) -> None:
+    def _leave_group(self, slot: int) -> int:
         group = self._group_of.pop(slot)
         members = self._groups[group]
         members.discard(slot)
@@ -219,6 +221,7 @@ class Drafter:
             self._weigh(members, self._joined[group])
         else:
             del self._groups[group], self._joined[group]
+        return group
 
     def _weigh(self, members: set[int], joined: int) -> None:
         """The fewer of a group still run, the more each of them holds it up."""
@@ -226,11 +229,11 @@ class Drafter:
         for slot in members:
             self._running.weight[slot] = weight
 
-    def _finish(self, problem: Problem, tokens: Array, writer: int) -> None:
+    def _finish(self, problem: Problem, tokens: Array, writer: int, group: int) -> None:
         index = self._index
         change = len(tokens) - self._typical_tokens
         self._typical_tokens += change * (1 - TYPICAL_KEEP if self._typical_tokens else 1.0)
-        text = Text(tokens, index.version, writer, identity_of(index.version, tokens))
+        text = Text(tokens, index.version, writer, identity_of(group, tokens))
         index.keep(problem, text)
         index.share(text)
         if index.is_worn(index.common):

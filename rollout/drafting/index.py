@@ -88,6 +88,7 @@ class SuffixIndex:
         self._vocab_size = vocab_size
         self._problems: OrderedDict[int, Problem] = OrderedDict()
         self.num_tokens = 0
+        self._text_bytes = 0
         self.version = 0
         self.arena = new_arena(2 * FIRST_TOKENS, FIRST_TOKENS)
         self.common = self._new_problem(COMMON, np.zeros(0, np.int32))
@@ -101,10 +102,8 @@ class SuffixIndex:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the arena and of the texts."""
-        problems = [self.common, *self._problems.values()]
-        texts = sum(text.tokens.nbytes for problem in problems for text in problem.texts)
-        return sum(array.nbytes for array in self.arena) + texts
+        """Memory of the arena and of the texts that are finished."""
+        return sum(array.nbytes for array in self.arena) + self._text_bytes
 
     def problem(self, key: int, prompt: Array) -> Problem:
         """The problem, made or found; it is then the one most recently used. Raises: ValueError for wrong token ids."""
@@ -125,6 +124,7 @@ class SuffixIndex:
     def keep(self, problem: Problem, text: Text) -> None:
         """Remember a text that the automaton has already."""
         problem.texts.append(text)
+        self._text_bytes += text.tokens.nbytes
         problem.known.add(text.identity)
 
     def reserve(self, num_tokens: int) -> None:
@@ -181,6 +181,7 @@ class SuffixIndex:
             if self.num_tokens <= self._max_tokens:
                 break
             if not problem.running:
+                self._text_bytes -= sum(text.tokens.nbytes for text in problem.texts)
                 self._free(problem)
                 del self._problems[key]
 
@@ -209,6 +210,7 @@ class SuffixIndex:
 
     def _count_out_oldest(self, problem: Problem) -> None:
         text = problem.texts.popleft()
+        self._text_bytes -= text.tokens.nbytes
         problem.known.discard(text.identity)
         count_out(self.arena, problem.start.bound, problem.start.length, text.tokens)
         problem.counted -= len(text.tokens) + 1
@@ -218,6 +220,6 @@ class SuffixIndex:
         self.num_tokens -= problem.written
 
 
-def identity_of(version: int, tokens: Array) -> int:
-    """Two completions with the same tokens from the same version are one."""
-    return xxhash.xxh3_64_intdigest(tokens.tobytes(), seed=version & 0xFFFFFFFF)
+def identity_of(group: int, tokens: Array) -> int:
+    """What a completion is known by: its tokens and its group, a hash of the group's id; as in `databus.history`."""
+    return xxhash.xxh3_64_intdigest(tokens.tobytes(), seed=group) & ((1 << 63) - 1) or 1

@@ -15,13 +15,10 @@ from rollout.drafting.automaton import (
 )
 from rollout.drafting.calibration import cell_of, chance, learn
 from rollout.drafting.compiled import compiled
+from rollout.drafting.counters import LAGS, SOURCES
 from rollout.drafting.running import SIBLING_BITS
 
 OWN, SIBLING, EPOCH, COMMON = range(4)
-SOURCES = ("own", "sibling", "epoch", "common")
-LAGS = (0, 1, 2, 4, 8, 16)
-"""The least lag of each class, in versions."""
-
 ROUNDS, DRAFTED, ACCEPTED = range(3)
 BY_SOURCE = 3
 BY_LAG = BY_SOURCE + 2 * len(SOURCES)
@@ -139,13 +136,25 @@ def _draft(arena, running, slot, state, length, common, most, table, version):
 
 
 @compiled
+def _has_ended(running, slot):
+    last = running.text[slot, running.text_length[slot] - 1]
+    for token in running.ends:  # noqa: SIM110 (compiled)
+        if token == last:
+            return True
+    return False
+
+
+@compiled
 def draft(arena, running, slots, counts, table, version, max_drafts):
-    """Draft for every request that has just got tokens; `running.drafts` and `num_drafts` then say what."""
+    """Draft for every request that has just got tokens and goes on; `running` then says what.
+
+    A request whose last token is one of `running.ends` has ended, though nobody has told it so yet.
+    """
     for row in range(len(slots)):
         slot = slots[row]
         running.num_drafts[slot] = 0
         most = min(max_drafts, running.room[slot] - 1)
-        if counts[row] == 0 or most <= 0:
+        if counts[row] == 0 or most <= 0 or _has_ended(running, slot):
             continue
         state, length = np.int64(running.bound[slot]), np.int64(running.length[slot])
         num, expected = _draft(arena, running, slot, state, length, 0, most, table, version)

@@ -15,6 +15,7 @@ class Running(NamedTuple):
     writer [N]: who writes, see `writer_of`. room [N]: tokens that it may still get. weight [N] float32: what a token
     of it is worth, 1 for an ordinary request. budget [N]: draft tokens that the logarithmic policy allows.
     text [N, T], text_length [N]: its completion so far.
+    ends [up to 16]: tokens that end a text, -1 where there are fewer.
     drafts [N, K], num_drafts [N]: what was drafted last. cells [N, K]: each token's cell in the calibration.
     survival [N, K] float32: chance that it and all before it are accepted. sources, lags [N, K]: where it came from.
     """
@@ -30,6 +31,7 @@ class Running(NamedTuple):
     budget: Array
     text: Array
     text_length: Array
+    ends: Array
     drafts: Array
     num_drafts: Array
     cells: Array
@@ -55,6 +57,7 @@ def new_running(num_slots: int, max_drafts: int, max_text: int) -> Running:
         budget=ints(n),
         text=ints(n, max_text),
         text_length=ints(n),
+        ends=np.full(MAX_ENDS, -1, np.int32),
         drafts=ints(n, k),
         num_drafts=ints(n),
         cells=ints(n, k),
@@ -64,6 +67,7 @@ def new_running(num_slots: int, max_drafts: int, max_text: int) -> Running:
     )
 
 
+MAX_ENDS = 16
 SIBLING_BITS = 10
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rollout.config import DraftConfig
 from rollout.drafting.automaton import NUM_STATES
 from rollout.drafting.drafter import Drafter
+from rollout.drafting.index import identity_of
 
 VOCABULARY = 50
 
@@ -23,7 +24,7 @@ class Engine:
     def run(self, texts: list[list[int]], problem: int = 7, history: list[tuple[int, list[int]]] | None = None) -> int:
         """One group. Returns: rounds until the last of it has ended."""
         self.group += 1
-        past = [(version, np.array(tokens, np.int32)) for version, tokens in history or []]
+        past = [(version, 0, np.array(tokens, np.int32)) for version, tokens in history or []]
         prompt = np.array([1, 2, 3], np.int32)
         begun = {
             self.drafter.add(
@@ -88,10 +89,31 @@ def test_history_is_taken_in_once() -> None:
     engine = Engine()
     engine.run([text(0)], history=[(0, text(1))])
     before = engine.drafter.counters()["index_tokens"]
-    engine.run([text(2)], history=[(0, text(1)), (0, text(0))])
-    assert engine.drafter.counters()["index_tokens"] - before <= 2 * (
-        60 + 2
-    )  # the new text, here and in the common one
+    engine.run([text(2)], history=[(0, text(1)), (0, text(1))])
+    # the new text, here and in the automaton of all problems
+    assert engine.drafter.counters()["index_tokens"] - before <= 2 * (60 + 2)
+
+
+def test_a_completion_of_ones_own_that_comes_back_as_history_is_known() -> None:
+    engine = Engine()
+    engine.run([text(0)])
+    before = engine.drafter.counters()["index_tokens"]
+    own = (0, identity_of(engine.group, np.array(text(0), np.int32)), np.array(text(0), np.int32))
+    slot = engine.drafter.add(problem=7, prompt_ids=np.array([1, 2, 3], np.int32), history=[own], max_tokens=9)
+    engine.drafter.remove(slot)
+    assert engine.drafter.counters()["index_tokens"] == before + 1
+
+
+def test_nothing_is_drafted_for_a_request_that_has_ended() -> None:
+    drafter = Drafter(DraftConfig(policy="logarithmic"), max_sequences=2, vocab_size=9, context_tokens=64)
+    said = np.array([5, 6, 5, 7], np.int32)
+    slot = drafter.add(
+        problem=1, prompt_ids=np.array([1], np.int32), history=[(0, 0, said)], max_tokens=30, end_tokens=(6,)
+    )
+    slots, one = np.array([slot], np.int32), np.array([1], np.int32)
+    for token, some in ((5, True), (6, False)):
+        _, num = drafter.propose(slots, np.array([token], np.int32), one, decode_only=True, num_scheduled_tokens=1)
+        assert bool(num[0]) == some
 
 
 def test_what_the_window_has_left_is_forgotten() -> None:
@@ -118,7 +140,7 @@ def test_other_problems_help_through_the_common_automaton() -> None:
 def test_never_drafts_past_what_a_request_may_say() -> None:
     drafter = Drafter(DraftConfig(policy="logarithmic", max_tokens=8), max_sequences=2, vocab_size=9, context_tokens=64)
     prompt, said = np.array([1], np.int32), np.array([5, 6, 7, 8, 5], np.int32)
-    slot = drafter.add(problem=1, prompt_ids=prompt, history=[(0, said)], max_tokens=3)
+    slot = drafter.add(problem=1, prompt_ids=prompt, history=[(0, 0, said)], max_tokens=3)
     slots, one = np.array([slot], np.int32), np.array([1], np.int32)
     for token, most in ((5, 1), (6, 0), (7, 0)):
         _, num = drafter.propose(slots, np.array([token], np.int32), one, decode_only=True, num_scheduled_tokens=1)
@@ -153,7 +175,7 @@ def test_wrong_token_ids_are_refused_and_cost_no_slot(wrong: np.ndarray) -> None
             drafter.add(problem=1, prompt_ids=wrong, max_tokens=3)
     for _ in range(20):
         with pytest.raises(ValueError, match="token ids must"):
-            drafter.add(problem=2, prompt_ids=np.array([1], np.int32), history=[(0, wrong)], max_tokens=3)
+            drafter.add(problem=2, prompt_ids=np.array([1], np.int32), history=[(0, 0, wrong)], max_tokens=3)
     assert [drafter.add(problem=1, prompt_ids=np.array([1], np.int32), max_tokens=3) for _ in range(8)]
     with pytest.raises(ValueError, match="more than 8 requests at once"):
         drafter.add(problem=1, prompt_ids=np.array([1], np.int32), max_tokens=3)
@@ -173,6 +195,8 @@ def test_whatever_happens_the_totals_are_right(data: st.DataObject) -> None:
     for problem in [index.common, *index]:
         assert problem.counted == len(problem.prompt) + 1 + sum(len(each.tokens) + 1 for each in problem.texts)
         assert problem.counted <= problem.written and not problem.running
+    texts = sum(each.tokens.nbytes for problem in [index.common, *index] for each in problem.texts)
+    assert index.num_bytes == texts + sum(array.nbytes for array in index.arena)
 
 
 def test_policy_off_drafts_nothing() -> None:
