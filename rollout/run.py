@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from databus.messages import Heartbeat, Stop
 from databus.process import die_with_parent
 from rewards.config import RewardConfig
 from rewards.pool import RewardPool
-from rollout.config import RolloutConfig
+from rollout.config import DraftConfig, RolloutConfig
 from rollout.engine.base import Engine
 from rollout.engine.factory import make_engine
 from rollout.worker import Worker
@@ -39,6 +39,7 @@ class WorkerRun:
     seed: int
     group_size: int
     reward_dir: Path
+    draft: DraftConfig = field(default_factory=DraftConfig)
 
 
 async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun, make_client: MakeClient) -> None:
@@ -48,7 +49,7 @@ async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun
     Raises: ValueError for what a user wrote; RunFailedError where the run failed elsewhere; else what broke: BusError,
         EngineDead, PullError, UpdateFailed, WorkerRefusedError.
     """
-    engine = make_engine(config, run.model, run.seed, version=0)
+    engine = make_engine(config, run.model, run.seed, version=0, draft=run.draft)
     pool = RewardPool(reward, run.reward_dir, initializer=die_with_parent)
     with interrupts() as on_signal:
         try:
@@ -87,7 +88,13 @@ async def _serve(
 
 def heartbeat(engine: Engine) -> Heartbeat:
     stats = engine.stats()
-    return Heartbeat(running_sequences=stats.running_sequences, generated_tokens=stats.generated_tokens)
+    return Heartbeat(
+        running_sequences=stats.running_sequences,
+        generated_tokens=stats.generated_tokens,
+        drafted_tokens=stats.drafted_tokens,
+        accepted_tokens=stats.accepted_tokens,
+        draft_rounds=stats.draft_rounds,
+    )
 
 
 def load_detokenizer(model: str) -> Callable[[Sequence[int]], str]:

@@ -40,7 +40,13 @@ def work(run: Membership, name: str) -> None:
     from rollout.run import WorkerRun, run_worker
 
     config = run.config
-    settings = WorkerRun(model=config.model, seed=config.seed, group_size=config.group_size, reward_dir=run.reward_dir)
+    settings = WorkerRun(
+        model=config.model,
+        seed=config.seed,
+        group_size=config.group_size,
+        reward_dir=run.reward_dir,
+        draft=config.draft,
+    )
 
     def make_client(version: int, heartbeat: Callable[[], Heartbeat]) -> BusClient:
         hello = Hello(

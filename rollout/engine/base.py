@@ -7,7 +7,8 @@ EngineError            one request failed; the engine goes on
 
 import mmap
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from databus.codec import Array
@@ -28,12 +29,20 @@ class EngineDead(EngineError):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One prompt to complete `group_size` times."""
+    """One prompt to complete `group_size` times.
+
+    The rest is for drafting alone. problem: 64-bit key of the problem, 0: by its prompt. history: (policy version,
+    token ids as little-endian int32) of earlier completions of the problem, newest last. predicted_tokens: expected
+    length of a completion, 0: unknown.
+    """
 
     group_id: str
     prompt_ids: tuple[int, ...]
     group_size: int
     sampling: Sampling
+    problem: int = 0
+    history: tuple[tuple[int, bytes], ...] = ()
+    predicted_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +88,18 @@ class UpdateReport:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """running_sequences is of this moment; generated_tokens counts since the start."""
+    """running_sequences is of this moment; the others count since the start.
+
+    draft_rounds: times that a sequence's draft was verified. drafting: `rollout.drafting.counters.FIELDS`, empty where
+    nothing is drafted.
+    """
 
     running_sequences: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    draft_rounds: int = 0
+    drafting: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):

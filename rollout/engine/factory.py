@@ -1,29 +1,41 @@
 """From a configuration to its engine; nothing heavy is imported before it is needed."""
 
+import logging
 from collections.abc import Callable
 
-from rollout.config import RolloutConfig
+from rollout.config import DraftConfig, RolloutConfig
 from rollout.engine.base import Engine
 
+logger = logging.getLogger(__name__)
 
-def make_engine(config: RolloutConfig, model: str, seed: int, version: int) -> Engine:
+
+def make_engine(
+    config: RolloutConfig,
+    model: str,
+    seed: int,
+    version: int,
+    draft: DraftConfig = DraftConfig(),  # noqa: B008
+) -> Engine:
     """The engine that `config.engine` names, not started yet.
 
     model: a folder or hub id. version: the policy version of the weights that lie there.
     """
-    return ENGINES[config.engine](config, model, seed, version)
+    return ENGINES[config.engine](config, model, seed, version, draft)
 
 
-def _small(config: RolloutConfig, model: str, seed: int, version: int) -> Engine:
+def _small(config: RolloutConfig, model: str, seed: int, version: int, draft: DraftConfig) -> Engine:
     from rollout.engine.small_engine import SmallEngine
+
+    if draft.policy != "off":
+        logger.info("draft.policy=%s is ignored: rollout.engine=small does not draft", draft.policy)
 
     return SmallEngine(config, model, seed, version)
 
 
-def _vllm(config: RolloutConfig, model: str, seed: int, version: int) -> Engine:
+def _vllm(config: RolloutConfig, model: str, seed: int, version: int, draft: DraftConfig) -> Engine:
     from rollout.engine.vllm_engine import VllmEngine
 
-    return VllmEngine(config, model, seed, version)
+    return VllmEngine(config, model, seed, version, draft)
 
 
-ENGINES: dict[str, Callable[[RolloutConfig, str, int, int], Engine]] = {"small": _small, "vllm": _vllm}
+ENGINES: dict[str, Callable[[RolloutConfig, str, int, int, DraftConfig], Engine]] = {"small": _small, "vllm": _vllm}

@@ -19,7 +19,10 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from rollout.config import RolloutConfig
+from rollout.config import DraftConfig, RolloutConfig
+from rollout.drafting.counters import CounterPage
+from rollout.drafting.facts import DraftFacts, group_key, problem_key
+from rollout.drafting.proposer import DRAFTER, DraftSetup
 from rollout.engine.base import (
     Completion,
     EngineDead,
@@ -48,8 +51,17 @@ T = TypeVar("T")
 class VllmEngine:
     """One AsyncLLM. Every completion of a group is a request of its own, `group_id:s0` and so on."""
 
-    def __init__(self, config: RolloutConfig, model: str, seed: int, version: int) -> None:
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model: str,
+        seed: int,
+        version: int,
+        draft: DraftConfig = DraftConfig(),  # noqa: B008
+    ) -> None:
         self._config = config
+        self._draft = draft
+        self._draft_page: CounterPage | None = None
         self._model = model
         self._seed = seed
         self._version = version
@@ -78,7 +90,17 @@ class VllmEngine:
             raise EngineDead(f"vLLM did not start: {_one_line(error)}") from error
         await self._call(self._llm.collective_rpc("echelon_die_with_parent"))
         await self._call(self._llm.update_weight_version(str(self._version)))
+        if self._draft.policy != "off":
+            await self.start_drafting()
         self._open.set()
+
+    async def start_drafting(self, drafter: str = DRAFTER) -> None:
+        """Draft with an empty memory from here on. Args: drafter: the class, by its dotted name. Raises: EngineDead."""
+        page = CounterPage.create()
+        setup = DraftSetup(config=self._draft, version=self._version, counters=page.path, drafter=drafter)
+        await self._call(self._llm.collective_rpc("echelon_start_drafting", args=(msgspec.msgpack.encode(setup),)))
+        self._close_page()
+        self._draft_page = page
 
     async def generate(self, request: GenerateRequest) -> list[Completion]:
         tasks = [asyncio.ensure_future(self._complete(request, index)) for index in range(request.group_size)]
@@ -106,7 +128,15 @@ class VllmEngine:
         return UpdateReport(pause_s=time.monotonic() - started)
 
     def stats(self) -> EngineStats:
-        return EngineStats(running_sequences=self._running, generated_tokens=self._generated)
+        drafting = self._draft_page.read() if self._draft_page else {}
+        return EngineStats(
+            running_sequences=self._running,
+            generated_tokens=self._generated,
+            drafted_tokens=int(drafting.get("drafted", 0)),
+            accepted_tokens=int(drafting.get("accepted", 0)),
+            draft_rounds=int(drafting.get("rounds", 0)),
+            drafting=drafting,
+        )
 
     async def close(self) -> None:
         if self._llm is not None:
@@ -114,6 +144,11 @@ class VllmEngine:
             self._llm = None  # or its finalizer runs when the interpreter has half gone
         await asyncio.to_thread(_end_cores)
         self._starter.shutdown(wait=False)
+        self._close_page()
+
+    def _close_page(self) -> None:
+        if self._draft_page is not None:
+            self._draft_page.close()
 
     def _build(self) -> None:
         check_installed(self._config.device)
@@ -134,7 +169,7 @@ class VllmEngine:
         }
         self._sampling_type = SamplingParams
         self._tokens_input = tokens_input
-        arguments = engine_arguments(self._config, self._model, self._seed)
+        arguments = engine_arguments(self._config, self._model, self._seed, self._draft)
         with tied_engine_cores():
             self._llm = AsyncLLM.from_engine_args(arguments)
 
@@ -145,6 +180,7 @@ class VllmEngine:
         sampling = self._sampling_type(
             max_tokens=min(request.sampling.max_tokens, room),
             temperature=request.sampling.temperature,
+            extra_args=self._extra_arguments(request, index),
             **self._sampling_fields,
         )
         self._running += 1
@@ -158,6 +194,18 @@ class VllmEngine:
             self._running -= 1
         self._generated += len(output.token_ids)
         return _completion(output)
+
+    def _extra_arguments(self, request: GenerateRequest, index: int) -> dict[str, Any] | None:
+        """For the proposer. The history rides with the first of the group, which vLLM takes up first."""
+        if self._draft.policy == "off":
+            return None
+        facts = DraftFacts(
+            problem=request.problem or problem_key(np.array(request.prompt_ids, np.int32)),
+            group=group_key(request.group_id),
+            predicted_tokens=request.predicted_tokens,
+            history=request.history if index == 0 else (),
+        )
+        return facts.extra_arguments()
 
     async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any) -> Any:
         # The salt keeps the prefix cache of one version apart from every other's.

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rollout.config import RolloutConfig
+from rollout.config import DraftConfig, RolloutConfig
+from rollout.drafting.proposer import PROPOSER
 
 WORKER_EXTENSION = "rollout.engine.vllm_worker.SnapshotLoader"
 
@@ -48,7 +49,7 @@ def check_installed(device: str) -> None:
         )
 
 
-def engine_arguments(config: RolloutConfig, model: str, seed: int) -> Any:
+def engine_arguments(config: RolloutConfig, model: str, seed: int, draft: DraftConfig) -> Any:
     """vLLM's `AsyncEngineArgs`."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -65,7 +66,15 @@ def engine_arguments(config: RolloutConfig, model: str, seed: int) -> Any:
         enable_prefix_caching=True,
         disable_log_stats=True,
         worker_extension_cls=WORKER_EXTENSION,
+        speculative_config=speculation(draft),
     )
+
+
+def speculation(draft: DraftConfig) -> dict[str, Any] | None:
+    """vLLM's `speculative_config` for our proposer; None where nothing is to be drafted."""
+    if draft.policy == "off":
+        return None
+    return {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": draft.max_tokens}
 
 
 @contextmanager

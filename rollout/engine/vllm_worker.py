@@ -12,7 +12,9 @@ from vllm.v1.engine.core import EngineCoreProc
 
 from databus.messages import Manifest
 from databus.process import die_with_parent
+from rollout.drafting.proposer import DraftSetup, Proposer
 from rollout.engine.tensors import first_mismatch, tensors
+from rollout.engine.vllm_sampler import mend_sampler
 
 ROLLED_BACK = "rolled back"
 
@@ -41,6 +43,15 @@ class SnapshotLoader:
     def echelon_die_with_parent(self) -> None:
         die_with_parent()
 
+    def echelon_mend_sampler(self) -> bool:
+        """Before anything is drafted, by whatever method. Returns and raises: as `mend_sampler`."""
+        return mend_sampler()
+
+    def echelon_start_drafting(self, encoded: bytes) -> None:
+        """Args: encoded: a `DraftSetup` in msgpack. Raises: whatever keeps the drafter from being made."""
+        mend_sampler()
+        self.model_runner.drafter.start(self.model_runner, msgspec.msgpack.decode(encoded, type=DraftSetup))
+
     def echelon_apply_snapshot(self, encoded: bytes, path: str) -> str:
         """Load the snapshot that lies in the file at `path`, a memfd of the parent's under /proc.
 
@@ -63,6 +74,9 @@ class SnapshotLoader:
             self._echelon_reload(getattr(self, "_echelon_served", None))
             return f"{ROLLED_BACK}: {type(error).__name__}: {error}"
         self._echelon_served = (manifest, buffer)
+        drafter = getattr(self.model_runner, "drafter", None)
+        if isinstance(drafter, Proposer):
+            drafter.set_version(manifest.version)
         return ""
 
     def _echelon_reload(self, source: tuple[Manifest, mmap.mmap] | None) -> None:
