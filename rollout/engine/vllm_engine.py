@@ -203,7 +203,8 @@ class VllmEngine:
             problem=request.problem or problem_key(np.array(request.prompt_ids, np.int32)),
             group=group_key(request.group_id),
             predicted_tokens=request.predicted_tokens,
-            history=request.history if index == 0 else (),
+            history=_encoded_history(request) if index == 0 else (),
+            end_tokens=tuple(self._sampling_fields["stop_token_ids"]),
         )
         return facts.extra_arguments()
 
@@ -245,6 +246,14 @@ class VllmEngine:
         if self._llm.errored:
             return EngineDead("vLLM's engine process has died; see this role's log")
         return EngineError(f"vLLM refused a request: {_one_line(error)}")
+
+
+def _encoded_history(request: GenerateRequest) -> tuple[tuple[int, int, bytes], ...]:
+    identities = request.history_ids or (0,) * len(request.history)
+    return tuple(
+        (version, identity, np.ascontiguousarray(token_ids, "<i4").tobytes())
+        for (version, token_ids), identity in zip(request.history, identities, strict=True)
+    )
 
 
 def _completion(output: Any) -> Completion:
