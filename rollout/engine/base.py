@@ -28,12 +28,16 @@ class EngineDead(EngineError):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One prompt to complete `group_size` times."""
+    """One prompt to complete `group_size` times.
+
+    predicted_tokens: expected length of a completion, by which an engine may choose what to begin first (0: unknown).
+    """
 
     group_id: str
     prompt_ids: tuple[int, ...]
     group_size: int
     sampling: Sampling
+    predicted_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
