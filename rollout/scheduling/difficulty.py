@@ -10,18 +10,21 @@ from databus.codec import Array
 from rollout.scheduling.length_prior import LengthPrior, PriorState
 
 UPPER_QUANTILE = 0.9
-PRIOR_COMPLETIONS = 2.0
-"""Weight of the data set's pass rate in a problem's posterior, and of the prior in its length, in completions."""
+PASS_PRIOR, LENGTH_PRIOR = 2.0, 0.5
+"""Weight of what the data set says beside what the problem itself says, in completions. Pass rates are noisier."""
 MEMORY_GROUPS = 512.0
-ARRAYS = ("log_ratio", "log_upper", "log_max", "weight", "passed", "failed")
+ANCHOR_GROUPS = 64
+"""From so many groups on the data set's expectation is steady enough to measure other lengths by."""
+ARRAYS = ("log_mean", "log_upper", "log_max", "weight", "passed", "failed")
 
 
 class DifficultyState(Struct, kw_only=True):
-    """arrays: float32 [len(ARRAYS), N], little-endian. passed, failed: of the data set."""
+    """arrays: float32 [len(ARRAYS), N], little-endian. num_groups: observed. passed, failed: of the data set."""
 
     num_problems: int
     arrays: bytes
     prior: PriorState
+    num_groups: int
     passed: float
     failed: float
 
@@ -29,9 +32,9 @@ class DifficultyState(Struct, kw_only=True):
 class DifficultyModel:
     """Per problem a Beta posterior of the pass rate, and running estimates of completion length.
 
-    Evidence fades: each new group of a problem multiplies what is known of it by `forgetting`. Lengths are kept as
-    ratios to the data set's own expectation, so that a policy which learns to write shorter answers shortens the
-    prediction of problems that have not come up since as well.
+    Evidence fades: each new group of a problem multiplies what is known of it by `forgetting`. Once the data set's
+    own expectation is steady, lengths are kept as ratios to it, so that a policy which learns to write shorter answers
+    shortens the prediction of problems that have not come up since as well.
     """
 
     def __init__(self, prompt_tokens: Array, forgetting: float) -> None:
@@ -40,6 +43,7 @@ class DifficultyModel:
         self._forgetting = forgetting
         self._values = np.zeros((len(ARRAYS), len(prompt_tokens)), np.float32)
         self._prior = LengthPrior(MEMORY_GROUPS)
+        self._num_groups = 0
         self._passed = self._failed = 0.0
 
     def __len__(self) -> int:
@@ -61,12 +65,14 @@ class DifficultyModel:
         log_mean = float(np.log(tokens.mean()))
         log_upper = float(np.log(np.quantile(tokens, UPPER_QUANTILE))) - log_mean
         log_max = float(np.log(tokens.max())) - log_mean
-        log_prompt = float(self._log_prompt[problem])
-        self._prior.observe(log_prompt, log_mean, log_upper, log_max)
-        ratio = log_mean - float(self._prior.log_mean(self._log_prompt[problem : problem + 1])[0])
+        self._prior.observe(float(self._log_prompt[problem]), log_mean, log_upper, log_max)
+        self._num_groups += 1
+        if self._num_groups == ANCHOR_GROUPS:
+            self._anchor()
+        relative = log_mean - float(self._reference(np.array([problem]))[0])
         values = self._values[:, problem]
         kept = self._forgetting * values[3]
-        values[:3] = (kept * values[:3] + len(tokens) * np.array([ratio, log_upper, log_max])) / (kept + len(tokens))
+        values[:3] = (kept * values[:3] + len(tokens) * np.array([relative, log_upper, log_max])) / (kept + len(tokens))
         values[3] = kept + len(tokens)
         successes = int(np.count_nonzero(passed))
         values[4:] = self._forgetting * values[4:] + np.array([successes, len(tokens) - successes])
@@ -78,8 +84,9 @@ class DifficultyModel:
         """float64 [n]: expected length of a completion; 0 while nothing at all has been seen."""
         if not self.seen:
             return np.zeros(len(problems))
-        ratio = self._values[0, problems] * self._trust(problems)
-        return np.exp(self._prior.log_mean(self._log_prompt[problems]) + ratio)
+        own = self._values[0, problems] + self._reference(problems)
+        trust = self._trust(problems)
+        return np.exp(trust * own + (1 - trust) * self._prior.log_mean(self._log_prompt[problems]))
 
     def upper_tokens(self, problems: Array) -> Array:
         """float64 [n]: the upper quantile (0.9) of a completion's length."""
@@ -93,7 +100,7 @@ class DifficultyModel:
         """float64 [n]: posterior mean of the Beta distribution whose prior is the data set's pass rate."""
         common = (self._passed + 1) / (self._passed + self._failed + 2)
         passed, failed = self._values[4, problems], self._values[5, problems]
-        return (passed + PRIOR_COMPLETIONS * common) / (passed + failed + PRIOR_COMPLETIONS)
+        return (passed + PASS_PRIOR * common) / (passed + failed + PASS_PRIOR)
 
     def evidence(self, problems: Array) -> Array:
         """float64 [n]: completions that a problem's pass rate rests on, what has faded left out."""
@@ -104,6 +111,7 @@ class DifficultyModel:
             num_problems=len(self),
             arrays=self._values.astype("<f4").tobytes(),
             prior=self._prior.state,
+            num_groups=self._num_groups,
             passed=self._passed,
             failed=self._failed,
         )
@@ -117,11 +125,23 @@ class DifficultyModel:
             )
         self._values = np.frombuffer(state.arrays, "<f4").reshape(len(ARRAYS), len(self)).astype(np.float32)
         self._prior = LengthPrior(MEMORY_GROUPS, state.prior)
+        self._num_groups = state.num_groups
         self._passed, self._failed = state.passed, state.failed
+
+    def _reference(self, problems: Array) -> Array:
+        """float64 [n]: what `log_mean` of these problems is kept relative to."""
+        if self._num_groups < ANCHOR_GROUPS:
+            return np.zeros(len(problems))
+        return self._prior.log_mean(self._log_prompt[problems])
+
+    def _anchor(self) -> None:
+        """From absolute lengths to ratios."""
+        seen = self._values[3] > 0
+        self._values[0, seen] -= self._prior.log_mean(self._log_prompt[seen]).astype(np.float32)
 
     def _trust(self, problems: Array) -> Array:
         weight = self._values[3, problems]
-        return weight / (weight + PRIOR_COMPLETIONS)
+        return weight / (weight + LENGTH_PRIOR)
 
     def _spread(self, row: int, common: float, problems: Array) -> Array:
         trust = self._trust(problems)
