@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,62 +39,88 @@ class StepLatency:
         return self.base_s + self.request_s * requests + self.token_s * prompt_tokens
 
 
-class ImposedEngine:
-    """`VllmEngine` as a worker runs it, except that every request ends at exactly its own number of tokens."""
+class _Engine(VllmEngine):
+    """As a worker runs it, except that every request ends at exactly its own number of tokens, by group id."""
 
-    def __init__(self, model: Path, slots: int) -> None:
+    lengths: dict[str, int]
+
+    async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any, priority: int) -> Any:
+        # Here, not in the request: the engine must not know lengths when it chooses what to begin.
+        sampling.max_tokens = self.lengths.pop(request.group_id)
+        return await super()._submit(request, request_id, sampling, priority)
+
+
+class ImposedEngine:
+    """Real vLLM whose requests have the lengths that they are given."""
+
+    def __init__(self, model: Path, slots: int, max_tokens: int) -> None:
+        """Args: max_tokens: what the engine takes for the most that a request may generate."""
+        self._slots = slots
+        self._max_tokens = max_tokens
         config = RolloutConfig(max_sequences=slots, context_tokens=CONTEXT_TOKENS)
-        self._engine = VllmEngine(config, str(model), seed=0, version=0)
+        self._engine = _Engine(config, str(model), seed=0, version=0)
+        self._engine.lengths = {}
         self._rng = random.Random(0)
         self._count = 0
 
     async def start(self) -> None:
         await self._engine.start()
         self._engine._sampling_fields |= {"stop_token_ids": [], "ignore_eos": True}
-        await self.run_s([24] * 32, [0] * 32)  # warm
+        await self.run_groups_s([[24] * self._slots] * 2, [1, 1], 2)  # warm
 
     async def close(self) -> None:
         await self._engine.close()
 
-    async def run_s(self, lengths: Sequence[int], predicted: Sequence[int], prompt_tokens: int = 16) -> float:
-        """Seconds until all requests are done, submitted in the order given.
+    async def run_groups_s(self, groups: Sequence[Sequence[int]], predicted: Sequence[int], credit: int) -> float:
+        """Seconds until all requests of all groups are done.
 
-        Args: lengths: tokens of each request. predicted: what the engine is told; all the same is first come, first
-            served.
+        Args: groups: tokens of each request of each group, as they are leased. predicted: of each group, what the
+            engine is told; all the same is first come, first served. credit: groups held at once.
         """
+        room = asyncio.Semaphore(credit)
         started = time.perf_counter()
-        await asyncio.gather(
-            *(
-                self._engine.generate(self._request(length, tokens, prompt_tokens))
-                for length, tokens in zip(lengths, predicted, strict=True)
-            )
-        )
+
+        async def run(lengths: Sequence[int], tokens: int) -> None:
+            async with room:  # first come, first served
+                await asyncio.gather(*(self._generate(length, tokens) for length in lengths))
+
+        await asyncio.gather(*(run(lengths, tokens) for lengths, tokens in zip(groups, predicted, strict=True)))
         return time.perf_counter() - started
 
-    def _request(self, length: int, predicted: int, prompt_tokens: int) -> GenerateRequest:
+    async def _alike_s(self, count: int, tokens: int, prompt_tokens: int = 16) -> float:
+        """Seconds of `count` requests at once of the same length."""
+        started = time.perf_counter()
+        await asyncio.gather(*(self._generate(tokens, 1, prompt_tokens) for _ in range(count)))
+        return time.perf_counter() - started
+
+    async def _generate(self, length: int, predicted: int, prompt_tokens: int = 16) -> None:
         self._count += 1
+        # A prompt of its own: what the prefix cache saves is not what is measured here.
         prompt = tuple(self._rng.choice(DIGITS) for _ in range(prompt_tokens))
-        # Of one's own prompt: what the prefix cache saves is not what is measured here.
-        return GenerateRequest(
+        request = GenerateRequest(
             group_id=f"r{self._count}",
             prompt_ids=prompt,
             group_size=1,
-            sampling=Sampling(max_tokens=length),
+            sampling=Sampling(max_tokens=self._max_tokens),
             predicted_tokens=predicted,
         )
+        self._engine.lengths[request.group_id] = length
+        (completion,) = await self._engine.generate(request)
+        assert len(completion.token_ids) == length
 
-    async def fit(self, slots: int, repeats: int) -> tuple[StepLatency, dict[str, float]]:
+    async def fit(self, repeats: int) -> tuple[StepLatency, dict[str, float]]:
         """The step latency, and what it was fitted to: seconds of a step with so many requests."""
+        slots = self._slots
         sizes = sorted({size for size in DECODE_SIZES if size <= slots} | {slots})
         samples: dict[int, list[float]] = {size: [] for size in sizes}
         prefill: list[float] = []
         for _ in range(repeats):
             for size in sizes:  # interleaved: whatever else this machine does meets all of them
-                long_s = await self.run_s([LONG_RUN] * size, [1] * size)
-                short_s = await self.run_s([SHORT_RUN] * size, [1] * size)
+                long_s = await self._alike_s(size, LONG_RUN)
+                short_s = await self._alike_s(size, SHORT_RUN)
                 samples[size].append((long_s - short_s) / (LONG_RUN - SHORT_RUN))
             few, many = PREFILL_TOKENS
-            more_s = await self.run_s([1] * slots, [1] * slots, many) - await self.run_s([1] * slots, [1] * slots, few)
+            more_s = await self._alike_s(slots, 1, many) - await self._alike_s(slots, 1, few)
             prefill.append(more_s / (slots * (many - few)))
         step_s = {size: statistics.median(times) for size, times in samples.items()}
         design = np.array([[1.0, size] for size in sizes])

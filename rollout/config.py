@@ -15,6 +15,8 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     engine: `vllm`, or `small`, a slow deterministic engine on a transformers model for tests.
     device, dtype: where the engine runs and its serving dtype, the one that weights are published in.
     max_sequences: sequences that one engine runs at once; with `group_size` it gives the worker's credit.
+    ahead: groups that a worker holds beyond its engine's room, as a share of that room. They wait in the engine, so
+        that a sequence which ends makes room at once, not only when the last of its group has; 0 holds none.
     context_tokens: prompt and completion together; a longer prompt is refused before the run starts.
     max_tokens, temperature: sampling of training completions. There is no top-p or top-k: they would bias
         the importance ratio between the sampled and the trained distribution.
@@ -27,6 +29,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_sequences: PositiveInt = 256
+    ahead: Annotated[float, Meta(ge=0, le=4)] = 1.0
     context_tokens: PositiveInt = 2048
     max_tokens: PositiveInt = 1024
     temperature: PositiveFloat = 1.0
