@@ -33,6 +33,7 @@ from rollout.engine.base import (
     UpdateFailed,
     UpdateReport,
 )
+from rollout.engine.begin_order import BeginOrder
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
 from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment, tied_engine_cores
@@ -70,6 +71,7 @@ class VllmEngine:
         self._without_token: set[str] = set()
         self._running = 0
         self._generated = 0
+        self._begin_order = BeginOrder(config.max_sequences)
         # The kernel ends a child that asked for it when the *thread* that made it ends: this one stays.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-start")
 
@@ -183,11 +185,12 @@ class VllmEngine:
             extra_args=self._extra_arguments(request, index),
             **self._sampling_fields,
         )
+        priority = self._begin_order.priority(request.predicted_tokens, request.sampling.max_tokens)
         self._running += 1
         try:
             while True:
                 await self._open.wait()
-                output = await self._submit(request, f"{request.group_id}:s{index}", sampling)
+                output = await self._submit(request, f"{request.group_id}:s{index}", sampling, priority)
                 if output.finish_reason != "abort":  # by `update`: it had no token yet
                     break
         finally:
@@ -208,13 +211,13 @@ class VllmEngine:
         )
         return facts.extra_arguments()
 
-    async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any) -> Any:
+    async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any, priority: int) -> Any:
         # The salt keeps the prefix cache of one version apart from every other's.
         prompt = self._tokens_input(list(request.prompt_ids), cache_salt=f"version {self._version}")
         final: Any = None
         self._without_token.add(request_id)
         try:
-            async for output in self._llm.generate(prompt, sampling, request_id):
+            async for output in self._llm.generate(prompt, sampling, request_id, priority=priority):
                 self._without_token.discard(request_id)
                 final = output.outputs[0]
         except Exception as error:
