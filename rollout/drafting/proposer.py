@@ -107,7 +107,7 @@ class Proposer:
         counts = np.fromiter(map(len, sampled), np.int32, len(sampled))
         tokens = np.fromiter(chain.from_iterable(sampled), np.int32, int(counts.sum()))
         starts = self._runner.query_start_loc.np[: len(ids) + 1]
-        decode_only = not new and np.diff(starts).max() <= 1 + self._longest_draft and bool(counts.all())
+        decode_only = not new and bool(counts.all()) and bool(np.diff(starts).max() <= 1 + self._longest_draft)
         drafts, num_drafts = drafter.propose(
             slots, tokens, counts, decode_only=decode_only, num_scheduled_tokens=int(starts[-1])
         )

@@ -1,9 +1,12 @@
-"""Mends vLLM 0.32.0's rejection sampler on the CPU. Without it, drafting at a temperature changes what is sampled.
+"""Mends vLLM 0.32.0's rejection sampler. Without it, drafting at a temperature changes what is sampled.
 
-There is no Triton on a CPU, so vLLM's kernels are replaced by C++ ones behind adapters, which convert tensors to
-the int64 that the C++ expects. `vllm.utils.cpu_triton_utils._expand_kernel_impl` converts its *output* too, lets the
-C++ fill the copy, and drops it. So the temperature, top-k and top-p of every drafted position are whatever the
-memory held before. `tests/rollout/drafting/test_lossless.py` shows whether a later vLLM still needs this.
+On the CPU alone: there is no Triton, so vLLM's kernels are replaced by C++ ones behind adapters, which convert
+tensors to the int64 that the C++ expects. `vllm.utils.cpu_triton_utils._expand_kernel_impl` converts its *output* too,
+lets the C++ fill the copy, and drops it. So the temperature, top-k and top-p of every drafted position are whatever
+the memory held before. `tests/rollout/drafting/test_lossless.py` shows whether a later vLLM still needs this.
+
+On any device: once there is a proposer, every step goes through the rejection sampler, even one without a draft. That
+costs more than plain sampling, and with top-k alone it ends the engine (a maximum over no elements).
 """
 
 from typing import Any
@@ -28,6 +31,30 @@ def mend_sampler() -> bool:
     dispatcher.register_kernels({KERNEL: expand})
     _check()
     return True
+
+
+def sample_plainly_without_drafts(sampler: Any) -> None:
+    """A rejection sampler leaves steps in which nothing was drafted to its plain sampler.
+
+    Args: sampler: vLLM's `RejectionSampler`, changed in place.
+    """
+    if isinstance(sampler.forward, _Forward):
+        return
+    sampler.forward = _Forward(sampler.sampler, sampler.forward)
+
+
+class _Forward:
+    """In place of a rejection sampler's `forward`."""
+
+    def __init__(self, plain: Any, with_drafts: Any) -> None:
+        self._plain = plain
+        self._with_drafts = with_drafts
+
+    def __call__(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
+        """Without a draft, `logits` has one row a request, in order, just what the plain sampler takes."""
+        if len(metadata.draft_token_ids):
+            return self._with_drafts(metadata, draft_probs, logits, sampling_metadata)
+        return self._plain(logits=logits, sampling_metadata=sampling_metadata)
 
 
 def expand(

@@ -14,7 +14,7 @@ from databus.messages import Manifest
 from databus.process import die_with_parent
 from rollout.drafting.proposer import DraftSetup, Proposer
 from rollout.engine.tensors import first_mismatch, tensors
-from rollout.engine.vllm_sampler import mend_sampler
+from rollout.engine.vllm_sampler import mend_sampler, sample_plainly_without_drafts
 
 ROLLED_BACK = "rolled back"
 
@@ -50,6 +50,7 @@ class SnapshotLoader:
     def echelon_start_drafting(self, encoded: bytes) -> None:
         """Args: encoded: a `DraftSetup` in msgpack. Raises: whatever keeps the drafter from being made."""
         mend_sampler()
+        sample_plainly_without_drafts(self.model_runner.rejection_sampler)
         self.model_runner.drafter.start(self.model_runner, msgspec.msgpack.decode(encoded, type=DraftSetup))
 
     def echelon_apply_snapshot(self, encoded: bytes, path: str) -> str:

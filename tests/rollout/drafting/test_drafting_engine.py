@@ -1,0 +1,172 @@
+"""What else must hold of a real engine that drafts: log-probabilities, versions, updates in flight, ends, counters."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from enumerable import CONFIG, END, NUM_TOKENS, PROMPT, Drafting, history_of
+
+from databus.messages import Sampling
+from rollout.engine.base import Completion, GenerateRequest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+TOLERANCE = 1e-4
+REPETITIVE = [[0, 1, 2, 3, 4] * 12, [4, 4, 3, 3] * 15]
+
+Weights = dict[str, torch.Tensor]
+
+
+def request(
+    group_id: str, size: int = 32, tokens: int = 50, temperature: float = 1.0, problem: int = 0, history: Any = ()
+) -> GenerateRequest:
+    return GenerateRequest(
+        group_id=group_id,
+        prompt_ids=PROMPT,
+        group_size=size,
+        sampling=Sampling(max_tokens=tokens, temperature=temperature),
+        problem=problem,
+        history=history,
+    )
+
+
+@torch.no_grad()
+def reference(model: Any, weights: Weights | None, completion: Completion, temperature: float) -> np.ndarray:
+    """Log-probabilities [t] of a completion, in one forward pass of transformers, in fp32."""
+    ids = torch.tensor([[*PROMPT, *completion.token_ids.tolist()]])
+    logits = torch.func.functional_call(model, weights or {}, (ids,)).logits[0]
+    scaled = torch.log_softmax(logits / (temperature or 1.0), -1)
+    start = len(PROMPT)
+    return scaled[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logprobs_are_those_of_the_sampling_distribution(
+    drafting: Drafting, enumerable: Any, temperature: float
+) -> None:
+    drafting.draft_with("PrefixDrafter")
+    completions = drafting.run(
+        drafting.engine.generate(
+            request(f"t{temperature}", temperature=temperature, history=history_of(REPETITIVE), problem=5)
+        )
+    )
+    stats = drafting.engine.stats()
+    assert 10 < stats.accepted_tokens < stats.drafted_tokens
+    for completion in completions:
+        expected = reference(enumerable, None, completion, temperature)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE)
+        assert (completion.versions == drafting.engine.version).all()
+        assert completion.truncated == (completion.token_ids[-1] != END)
+        assert (completion.token_ids[:-1] != END).all()
+
+
+def test_greedy_completions_do_not_depend_on_drafts(drafting: Drafting) -> None:
+    drawn = []
+    for problem, history in ((1, ()), (2, history_of(REPETITIVE)), (3, history_of([[END]] * 3))):
+        drafting.draft_with("PrefixDrafter")
+        group = request(f"greedy{problem}", 4, temperature=0.0, problem=problem, history=history)
+        drawn += [tuple(each.token_ids.tolist()) for each in drafting.run(drafting.engine.generate(group))]
+    assert len(set(drawn)) == 1
+
+
+def test_updates_in_flight_switch_at_a_token(drafting: Drafting, enumerable: Any, make_snapshot: Callable) -> None:
+    """Drafts made under one version are verified by the next one's weights, and carry its number."""
+    drafting.draft_with("PrefixDrafter")
+    engine = drafting.engine
+    first = engine.version
+    history: dict[int, Weights] = {first: dict(enumerable.named_parameters())}
+    for version in range(first + 1, first + 5):
+        history[version] = other_weights(enumerable, version)
+    finished: list[Completion] = []
+
+    async def keep_busy(lane: int) -> None:
+        turn = 0
+        while engine.version < max(history):
+            finished.extend(await engine.generate(request(f"busy{lane}.{turn}", problem=9)))
+            turn += 1
+
+    async def scenario() -> None:
+        lanes = [asyncio.ensure_future(keep_busy(lane)) for lane in range(4)]
+        for version in sorted(history)[1:]:
+            goal = len(finished) + 64
+            while len(finished) < goal:
+                await asyncio.sleep(0.01)
+            snapshot = make_snapshot(history[version], version)
+            await engine.update(snapshot)
+            snapshot.close()
+        await asyncio.gather(*lanes)
+
+    drafting.run(scenario())
+    mixed = 0
+    for completion in finished:
+        assert (np.diff(completion.versions) >= 0).all()
+        begun = completion.versions == completion.versions[0]
+        expected = reference(enumerable, history[int(completion.versions[0])], completion, 1.0)
+        np.testing.assert_allclose(completion.logprobs[begun], expected[begun], atol=TOLERANCE)
+        if not begun.all():  # later tokens see a cache of the older version, and are no longer the old weights'
+            mixed += 1
+            switch = int(begun.sum())
+            assert abs(expected[switch] - completion.logprobs[switch]) > 1e-6
+    assert mixed > 10
+    assert engine.stats().accepted_tokens > 100
+
+
+def other_weights(model: Any, seed: int) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (tensor + 0.05 * torch.randn(tensor.shape, generator=generator)).detach()
+        for name, tensor in model.named_parameters()
+    }
+
+
+def test_a_drafter_that_raises_costs_no_rollout(drafting: Drafting) -> None:
+    drafting.draft_with("RaisingDrafter")
+    completions = drafting.run(drafting.engine.generate(request("raises", problem=5, size=64)))
+    assert len(completions) == 64
+    stats = drafting.engine.stats()
+    assert stats.drafting["failures"] == 1
+    assert stats.drafted_tokens > 0
+
+
+def test_bad_histories_cost_no_rollout(drafting: Drafting) -> None:
+    drafting.draft_with("PrefixDrafter")
+    for index, history in enumerate([history_of([[NUM_TOKENS]]), ((2, b"odd"),), history_of([[-5, 1]])]):
+        completions = drafting.run(drafting.engine.generate(request(f"bad{index}", 4, history=history)))
+        assert len(completions) == 4
+    assert drafting.engine.stats().drafting["refused"] == 3
+    assert drafting.engine.stats().drafting["failures"] == 0
+
+
+def test_drafts_end_with_the_request_and_the_context(drafting: Drafting) -> None:
+    """One request at the end of its context keeps no other from drafting, as it does in vLLM 0.32.0 by itself."""
+    drafting.draft_with("PrefixDrafter")
+    endless = history_of([[0, 1, 2, 3, 4] * 20])
+    room = CONFIG.context_tokens - len(PROMPT)
+    lengths = set()
+    for tokens in (1, 2, 3, 7, room, room + 9):
+        completions = drafting.run(
+            drafting.engine.generate(request(f"end{tokens}", 64, tokens, temperature=20.0, history=endless))
+        )
+        truncated = [len(each.token_ids) for each in completions if each.truncated]
+        assert set(truncated) <= {min(tokens, room)}
+        lengths |= set(truncated)
+    assert {1, 2, 3, 7} <= lengths
+
+
+def test_cancelled_requests_leave_the_drafter(drafting: Drafting) -> None:
+    drafting.draft_with("PrefixDrafter")
+
+    async def scenario() -> None:
+        for turn in range(4):
+            endless = asyncio.ensure_future(drafting.engine.generate(request(f"cancel{turn}", CONFIG.max_sequences)))
+            await asyncio.sleep(0.05)
+            endless.cancel()
+            await asyncio.gather(endless, return_exceptions=True)
+        await drafting.engine.generate(request("after", CONFIG.max_sequences))
+
+    drafting.run(scenario())
+    assert drafting.engine.stats().drafting["refused"] == 0
+    assert drafting.engine.stats().drafting["failures"] == 0
