@@ -36,6 +36,7 @@ from databus.messages import (
 from databus.peers import Peer, may_send
 from databus.prompts import GroupFilter, MetricsSink, Prompt, PromptSource
 from databus.run_state import LearnerLost, RunFailed, new_state
+from databus.scheduling import Placement, Scheduler
 from databus.step_desk import StepDesk
 from databus.transport import BrokerSocket, Received
 
@@ -58,13 +59,17 @@ class Broker:
         sink: MetricsSink,
         position: Position | None = None,
         filters: Sequence[GroupFilter] = (),
+        scheduler: Scheduler | None = None,
+        placement: Placement | None = None,
     ) -> None:
         """Binds the socket. Raises: ValueError, one line, where it cannot listen on `config.address`."""
         self._socket = BrokerSocket(config.address, config.bus.max_message_bytes)
         self.address = self._socket.address
         self.refused = 0
         self._config = config
-        self._state = new_state(config, prompts, evals, filters, self._socket.send, position)
+        self._state = new_state(
+            config, prompts, evals, filters, self._socket.send, position, scheduler=scheduler, placement=placement
+        )
         self._leases = LeaseDesk(self._state)
         self._steps = StepDesk(self._state, sink)
         self._phase = "starting"

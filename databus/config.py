@@ -52,3 +52,4 @@ class BrokerConfig(Struct, frozen=True, kw_only=True):
     eval_threshold: float = 1.0
     config_json: bytes = b""
     run_dir: str = ""
+    max_filtered: int = 1000

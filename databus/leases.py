@@ -9,12 +9,13 @@ from databus.prompts import Prompt
 
 @dataclass(frozen=True)
 class Held:
-    """A lease of a training group. deadline: on the monotonic clock."""
+    """A lease of a training group. deadline: on the monotonic clock. predicted_tokens: of all its completions."""
 
     group_id: str
     worker: str
     prompt: Prompt
     deadline: float
+    predicted_tokens: int = 0
 
 
 class Leases:
@@ -25,8 +26,8 @@ class Leases:
         self._held: dict[str, Held] = {}
         self._late: dict[str, Held] = {}
 
-    def add(self, group_id: str, worker: str, prompt: Prompt, now: float) -> None:
-        self._held[group_id] = Held(group_id, worker, prompt, now + self._lease_s)
+    def add(self, group_id: str, worker: str, prompt: Prompt, now: float, predicted_tokens: int = 0) -> None:
+        self._held[group_id] = Held(group_id, worker, prompt, now + self._lease_s, predicted_tokens)
 
     def get(self, group_id: str) -> Held | None:
         """The lease, expired or not."""
@@ -34,6 +35,10 @@ class Leases:
 
     def by_worker(self) -> dict[str, int]:
         return Counter(held.worker for held in self._held.values())
+
+    def predicted_tokens(self, worker: str) -> int:
+        """Of all groups that a worker holds."""
+        return sum(held.predicted_tokens for held in self._held.values() if held.worker == worker)
 
     def of(self, worker: str) -> list[Held]:
         return [held for held in self._held.values() if held.worker == worker]

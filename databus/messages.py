@@ -254,13 +254,15 @@ class Position(Struct, frozen=True, kw_only=True, tag=True):
 
     `next_cursor` is the first cursor never leased; `pending` are earlier cursors with no trained
     group yet, as (cursor, next attempt), so that a resumed run skips and repeats nothing. `counts` are the
-    ledger's totals at that step, so that a resumed run's metrics go on from them.
+    ledger's totals at that step, so that a resumed run's metrics go on from them. `scheduling` is what the
+    broker's scheduler needs to go on; empty where there is none.
     """
 
     step: int
     next_cursor: int
     pending: tuple[tuple[int, int], ...]
     counts: dict[str, int]
+    scheduling: bytes = b""
 
 
 # ---------------------------------------------------------------- broker -> observer

@@ -38,7 +38,8 @@ RATE_WINDOW_S = 10.0
 class Peer:
     """route: of its connection. version: what a worker serves. announced: the newest version it was told of.
 
-    credits: of `Credits.total`.
+    credits: of `Credits.total`. received_tokens: of `Heartbeat.generated_tokens`, those whose groups have come in, or
+    never will.
     """
 
     hello: Hello
@@ -48,6 +49,7 @@ class Peer:
     announced: int
     credits: int = 0
     leases_sent: int = 0
+    received_tokens: int = 0
     beat: Heartbeat = field(default_factory=Heartbeat)
     tokens_per_s: float = 0.0
     _measured: tuple[float, int] = (0.0, 0)

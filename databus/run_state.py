@@ -16,6 +16,7 @@ from databus.ledger import Ledger
 from databus.messages import Position, VersionPublished
 from databus.peers import Peers
 from databus.prompts import GroupFilter, Prompt, PromptSource
+from databus.scheduling import MostCredit, Placement, Scheduler
 from databus.staleness import StalenessGate
 from databus.step_metrics import StepMetrics
 
@@ -54,6 +55,8 @@ class RunState:
     versions: dict[int, VersionPublished] = field(default_factory=dict)
     batch: CutBatch | None = None
     requested: int | None = None
+    scheduler: Scheduler | None = None
+    placement: Placement = field(default_factory=MostCredit)
     progress: float = field(default_factory=time.monotonic)
 
     @property
@@ -78,6 +81,8 @@ def new_state(
     filters: Sequence[GroupFilter],
     send: Send,
     position: Position | None,
+    scheduler: Scheduler | None = None,
+    placement: Placement | None = None,
 ) -> RunState:
     """The state at the run's start, or at the checkpoint that `position` comes from."""
     gate = StalenessGate(config.max_staleness, config.batch_groups, config.stale_policy)
@@ -102,4 +107,6 @@ def new_state(
         peers=Peers(config.bus.peer_timeout_s),
         metrics=StepMetrics(),
         step=config.start_step,
+        scheduler=scheduler,
+        placement=placement or MostCredit(),
     )

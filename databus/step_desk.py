@@ -78,7 +78,11 @@ class StepDesk:
             state.ledger.settle(waiting.entry, "trained")
         for worker in state.peers.workers():
             state.metrics.heard(worker)
-        self._rows.add(state.metrics.row(batch, message.metrics, len(state.queue), state.ledger.counts()))
+        row = state.metrics.row(batch, message.metrics, len(state.queue), state.ledger.counts())
+        if state.scheduler is not None:
+            still_open = {cursor for cursor, _ in state.ledger.pending_at(message.step + 1)}
+            row |= state.scheduler.stepped([waiting.entry.cursor for waiting in batch.groups], still_open)
+        self._rows.add(row)
         chosen = [SampledGroup(item.prompt, item.group) for item in batch.groups[:SAMPLED_GROUPS]]
         self._sink.samples(batch.step, chosen)
         state.batch, state.requested, state.step = None, None, message.step + 1
@@ -108,6 +112,7 @@ class StepDesk:
             next_cursor=state.ledger.next_cursor,
             pending=state.ledger.pending_at(message.step),
             counts=state.ledger.counts(),
+            scheduling=b"" if state.scheduler is None else state.scheduler.save(),
         )
         state.send(learner.name, position)
 

@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 from databus.config import BusConfig, StalePolicy
 from learner.config import LearnerConfig
 from rewards.config import RewardConfig
-from rollout.config import DraftConfig, RolloutConfig
+from rollout.config import DraftConfig, RolloutConfig, SchedulingConfig
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
@@ -80,6 +80,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     draft: DraftConfig = DraftConfig()
+    scheduling: SchedulingConfig = SchedulingConfig()
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
     bus: BusConfig = BusConfig()

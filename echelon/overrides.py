@@ -7,6 +7,7 @@ import msgspec
 
 from echelon.config import RunConfig
 from echelon.settings import (
+    TAG,
     Settings,
     all_settings,
     describe,
@@ -31,6 +32,8 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         target = values
         for section in sections:
             target = target[section]
+        if key == TAG and target.get(TAG) != value:
+            target.clear()  # the settings of another variant
         target[key] = value
     return to_config(values, "settings")
 

@@ -5,7 +5,7 @@ cursor means the same prompt for ever.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,19 @@ class PromptFile:
 
     def get(self, cursor: int) -> Prompt:
         """The prompt at a cursor; every prompt comes once in each `len(self)` cursors."""
+        return self.at(self.index_of(cursor))
+
+    def index_of(self, cursor: int) -> int:
+        """Which line of the file a cursor has."""
         epoch, place = divmod(cursor, len(self._lines))
-        index = self._order(epoch)[place] if self._shuffle else place
+        return self._order(epoch)[place] if self._shuffle else place
+
+    def prompt_tokens(self) -> list[int]:
+        """Tokens of every prompt, in the file's order."""
+        return [len(self.at(index).prompt_ids) for index in range(len(self))]
+
+    def at(self, index: int) -> Prompt:
+        """The prompt on a line of the file."""
         stored = self._decoder.decode(self._lines[index])
         return Prompt(prompt=stored.prompt, prompt_ids=stored.prompt_ids, problem=bytes(stored.problem))
 
@@ -62,3 +73,15 @@ class PromptFile:
         order = list(range(len(self._lines)))
         random.Random(f"{self._seed}/{epoch}").shuffle(order)
         return order
+
+
+class ScheduledPrompts:
+    """The prompts of a file, in the order that a scheduler chooses."""
+
+    def __init__(self, file: PromptFile, problem_of: Callable[[int], int]) -> None:
+        """Args: problem_of: the line of a cursor; the same whenever it is asked for the same cursor."""
+        self._file = file
+        self._problem_of = problem_of
+
+    def get(self, cursor: int) -> Prompt:
+        return self._file.at(self._problem_of(cursor))

@@ -9,22 +9,33 @@ from msgspec import inspect
 
 from echelon.config import RunConfig
 
+TAG = "type"
+"""The key that says which variant of a section it is."""
+
 Settings = dict[str, inspect.Type]
 
 
 def all_settings() -> Settings:
-    """`learner.lr` -> its type, for all settings, in the order of their definition."""
+    """`learner.lr` -> its type, for all settings, in the order of their definition.
+
+    A section that comes in variants has the settings of all of them, and `type`, which chooses one.
+    """
     settings: Settings = {}
     _collect(inspect.type_info(RunConfig), "", settings)
     return settings
 
 
 def _collect(node: inspect.Type, name: str, settings: Settings) -> None:
-    if not isinstance(node, inspect.StructType):
+    if isinstance(node, inspect.UnionType):
+        variants = [each for each in node.types if isinstance(each, inspect.StructType)]
+        settings[f"{name}.{TAG}"] = inspect.LiteralType(tuple(str(each.tag) for each in variants))
+        for variant in variants:
+            _collect(variant, name, settings)
+    elif not isinstance(node, inspect.StructType):
         settings[name] = node
-        return
-    for field in node.fields:
-        _collect(field.type, f"{name}.{field.name}" if name else field.name, settings)
+    else:
+        for field in node.fields:
+            _collect(field.type, f"{name}.{field.name}" if name else field.name, settings)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from echelon.config import RunConfig
+from rollout.config import NoCurriculum, PassRateBand
+from rollout.scheduling.mixer import check_shares
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -13,7 +15,8 @@ CAUSAL_LM_FILE = "config.json"
 
 def validate(config: RunConfig) -> None:
     """Raises: ValueError, in one line naming the settings to change, for the first thing that cannot work."""
-    for check in (_check_lengths, _check_groups, _check_evaluation, _check_learner, _check_bus):
+    checks = (_check_lengths, _check_groups, _check_evaluation, _check_learner, _check_bus, _check_scheduling)
+    for check in checks:
         check(config)
 
 
@@ -63,6 +66,18 @@ def _check_bus(config: RunConfig) -> None:
         raise ValueError(
             f"bus.peer_timeout_s is {bus.peer_timeout_s:g}, too short for a heartbeat every bus.heartbeat_s="
             f"{bus.heartbeat_s:g} s: allow at least twice as long"
+        )
+
+
+def _check_scheduling(config: RunConfig) -> None:
+    scheduling = config.scheduling
+    check_shares(scheduling.shares)
+    curriculum = scheduling.curriculum
+    if not isinstance(curriculum, NoCurriculum) and not (scheduling.mixing and config.data.shuffle):
+        raise ValueError("scheduling.curriculum chooses problems, so it needs scheduling.mixing and data.shuffle")
+    if isinstance(curriculum, PassRateBand) and curriculum.low >= curriculum.high:
+        raise ValueError(
+            f"scheduling.curriculum.low is {curriculum.low:g} and high {curriculum.high:g}: low must be below high"
         )
 
 

@@ -15,6 +15,8 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     engine: `vllm`, or `small`, a slow deterministic engine on a transformers model for tests.
     device, dtype: where the engine runs and its serving dtype, the one that weights are published in.
     max_sequences: sequences that one engine runs at once; with `group_size` it gives the worker's credit.
+    ahead: groups that a worker holds beyond its engine's room, as a share of that room. They wait in the engine, so
+        that a sequence which ends makes room at once, not only when the last of its group has; 0 holds none.
     context_tokens: prompt and completion together; a longer prompt is refused before the run starts.
     max_tokens, temperature: sampling of training completions. There is no top-p or top-k: they would bias
         the importance ratio between the sampled and the trained distribution.
@@ -27,6 +29,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_sequences: PositiveInt = 256
+    ahead: Annotated[float, Meta(ge=0, le=4)] = 1.0
     context_tokens: PositiveInt = 2048
     max_tokens: PositiveInt = 1024
     temperature: PositiveFloat = 1.0
@@ -53,3 +56,64 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     window_versions: PositiveInt = 16
     history_tokens: Annotated[int, Meta(ge=0)] = 8192
     index_tokens: Annotated[int, Meta(ge=1024)] = 4_000_000
+
+
+class NoCurriculum(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="none"):
+    """All problems in every epoch."""
+
+
+class DropSolved(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="drop_solved"):
+    """Skip problems whose pass rate is above `threshold`, as far as `min_completions` tell; each is tried again once
+    `retry_epochs` have gone by without it."""
+
+    threshold: Annotated[float, Meta(gt=0, lt=1)] = 0.95
+    min_completions: PositiveInt = 8
+    retry_epochs: PositiveInt = 4
+
+
+class PassRateBand(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="pass_rate_band"):
+    """Only problems whose pass rate is from `low` to `high`, and those of which less than `min_completions` are known;
+    others are tried again once `retry_epochs` have gone by without them."""
+
+    low: Annotated[float, Meta(ge=0, lt=1)] = 0.1
+    high: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    min_completions: PositiveInt = 8
+    retry_epochs: PositiveInt = 4
+
+
+class LearningProgress(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="learning_progress"):
+    """Problems like those whose pass rate changes most, in either direction: ALP-GMM (arXiv 1910.07224).
+
+    exploration: share of problems drawn uniformly. round_problems: problems drawn between two fits.
+    window: newest groups that a fit sees. max_components: most Gaussians in the mixture.
+    """
+
+    exploration: Annotated[float, Meta(gt=0, le=1)] = 0.2
+    round_problems: PositiveInt = 256
+    window: Annotated[int, Meta(ge=8)] = 512
+    max_components: Annotated[int, Meta(ge=1, le=16)] = 6
+
+
+CurriculumConfig = NoCurriculum | DropSolved | PassRateBand | LearningProgress
+
+
+class SchedulingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which problem comes next, and where it goes; see `rollout.scheduling`.
+
+    mixing: each batch a fixed share of problems that are predicted short, medium and long; False: the order of
+        `data.shuffle` alone. Needs `data.shuffle`.
+    shares: of short, medium and long, thirds of what remains of the epoch; they add up to 1.
+    curriculum: which problems an epoch has. All but `none` need `mixing`.
+    pass_threshold: a completion counts as passed when its reward is at least this.
+    forgetting: what each new group of a problem leaves of the weight of earlier ones; 1 forgets nothing.
+    drop_zero_variance: filter out groups whose rewards are all equal (DAPO's dynamic sampling, arXiv 2503.14476).
+    max_filtered: groups filtered out in a row, with none kept, that end the run.
+    """
+
+    mixing: bool = True
+    shares: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
+    curriculum: CurriculumConfig = NoCurriculum()
+    pass_threshold: float = 1.0
+    forgetting: Annotated[float, Meta(gt=0, le=1)] = 0.5
+    drop_zero_variance: bool = False
+    max_filtered: PositiveInt = 1000

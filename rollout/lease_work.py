@@ -66,6 +66,7 @@ class LeaseWork:
                     prompt_ids=lease.prompt_ids,
                     group_size=lease.group_size,
                     sampling=lease.sampling,
+                    predicted_tokens=lease.predicted_tokens,
                 )
             )
         finally:

@@ -77,7 +77,15 @@ async def _serve(
     await asyncio.to_thread(client.connect, CONNECT_S)
     goodbye = "failed"
     try:
-        worker = Worker(client, engine, pool, detokenize, group_size=run.group_size, max_sequences=config.max_sequences)
+        worker = Worker(
+            client,
+            engine,
+            pool,
+            detokenize,
+            group_size=run.group_size,
+            max_sequences=config.max_sequences,
+            ahead=config.ahead,
+        )
         on_signal.append(lambda: worker.stop("told to stop"))
         stop = await worker.run()
         goodbye = stop.reason

@@ -6,6 +6,7 @@ It keeps nothing that cannot be lost: what it holds when it dies is leased again
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -73,10 +74,12 @@ class Worker:
         *,
         group_size: int,
         max_sequences: int,
+        ahead: float = 0.0,
         pull: Pull = pull_snapshot,
     ) -> None:
+        """Args: ahead: groups to hold beyond those that `max_sequences` has room for, as a share of these."""
         self._bus = bus
-        self._capacity = max(1, max_sequences // group_size)
+        self._capacity = credit_groups(max_sequences, group_size, ahead)
         self._work = LeaseWork(engine, scorer, detokenize)
         self._versions = VersionFollower(engine, self._applied, pull)
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -206,6 +209,12 @@ class Worker:
 
     def _applied(self, message: VersionApplied) -> None:
         self._bus.send(message)
+
+
+def credit_groups(max_sequences: int, group_size: int, ahead: float) -> int:
+    """How many groups a worker holds at once."""
+    room = max(1, max_sequences // group_size)
+    return room + math.ceil(ahead * room)
 
 
 async def _cancel(tasks: "Sequence[asyncio.Future[None]]") -> None:

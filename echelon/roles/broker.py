@@ -14,12 +14,16 @@ from databus.config import BrokerConfig
 from databus.messages import Position
 from databus.prompts import Prompt, SampledGroup
 from databus.run_state import LearnerLost
+from echelon.config import RunConfig
 from echelon.errors import SIGTERM_CODE, FollowsAnother, role_main
 from echelon.files import write_atomically
 from echelon.metrics import RowWriter, sample_rows
-from echelon.prompt_files import PromptFile
+from echelon.prompt_files import PromptFile, ScheduledPrompts
 from echelon.run_folder import BusRecord, RunFolder
 from learner.checkpoint_folder import latest_checkpoint, read_trainer_state
+from rollout.scheduling.filters import ZeroVarianceFilter
+from rollout.scheduling.placement import LeastRemaining
+from rollout.scheduling.scheduler import DifficultyScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +56,17 @@ def serve(folder: RunFolder) -> None:
     start_step, position = where_to_start(folder)
     prompts = PromptFile(folder.train_prompts, config.seed, config.data.shuffle)
     evals = read_evaluation(folder) if config.eval.every > 0 else []
-    broker = Broker(broker_config(folder, start_step), prompts, evals, FileSink(folder), position)
+    scheduler = make_scheduler(config, prompts, position)
+    broker = Broker(
+        broker_config(folder, start_step),
+        ScheduledPrompts(prompts, scheduler.problem_of),
+        evals,
+        FileSink(folder),
+        position,
+        filters=[ZeroVarianceFilter()] if config.scheduling.drop_zero_variance else [],
+        scheduler=scheduler,
+        placement=LeastRemaining(),
+    )
     record = BusRecord(address=broker.address, run_id=folder.record().run_id)
     write_atomically(folder.bus_file, msgspec.json.encode(record))
     logger.info("listening on %s, from step %d, %d prompts", broker.address, start_step, len(prompts))
@@ -72,6 +86,20 @@ def where_to_start(folder: RunFolder) -> tuple[int, Position | None]:
         return 0, None
     state = read_trainer_state(checkpoint)
     return state.step, state.position
+
+
+def make_scheduler(config: RunConfig, prompts: PromptFile, position: Position | None) -> DifficultyScheduler:
+    """What the run schedules by, as it was at the checkpoint. Raises: ValueError where the two do not fit."""
+    mixed = config.scheduling.mixing and config.data.shuffle
+    scheduler = DifficultyScheduler(
+        config.scheduling,
+        prompts.prompt_tokens(),
+        batch_groups=config.batch_groups,
+        seed=config.seed,
+        fixed_order=None if mixed else prompts.index_of,
+    )
+    scheduler.load(b"" if position is None else position.scheduling)
+    return scheduler
 
 
 def read_evaluation(folder: RunFolder) -> list[Prompt]:
@@ -101,6 +129,7 @@ def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
         bus=config.bus,
         config_json=folder.config_file.read_bytes(),
         run_dir=str(folder.path),
+        max_filtered=config.scheduling.max_filtered,
     )
 
 

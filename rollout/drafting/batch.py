@@ -22,10 +22,11 @@ class Drafter(Protocol):
         *,
         problem: int,
         prompt_ids: Array,
-        history: Sequence[tuple[int, Array]],
+        history: Sequence[tuple[int, int, Array]],
         predicted_tokens: int,
         group: int,
         max_tokens: int,
+        end_tokens: Sequence[int] = (),
     ) -> int:
         """A request begins. Returns: its slot. Raises: ValueError for what it cannot take."""
         ...
@@ -115,14 +116,17 @@ class Batch:
                     break
         return NO_SLOT, limit
 
-    def _add_with(self, facts: DraftFacts, history: tuple[tuple[int, bytes], ...], prompt_ids: Array, room: int) -> int:
+    def _add_with(
+        self, facts: DraftFacts, history: tuple[tuple[int, int, bytes], ...], prompt_ids: Array, room: int
+    ) -> int:
         return self._drafter.add(
             problem=facts.problem,
             prompt_ids=prompt_ids,
-            history=[(version, np.frombuffer(tokens, "<i4")) for version, tokens in history],
+            history=[(version, identity, np.frombuffer(tokens, "<i4")) for version, identity, tokens in history],
             predicted_tokens=facts.predicted_tokens,
             group=facts.group,
             max_tokens=room,
+            end_tokens=facts.end_tokens,
         )
 
     def _refuse(self, error: ValueError) -> None:

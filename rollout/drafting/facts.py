@@ -15,14 +15,16 @@ class DraftFacts(Struct, frozen=True, kw_only=True):
     """Rollout worker -> proposer.
 
     problem, group: 64-bit keys; requests of one problem share what they have said, those of one group are siblings.
-    predicted_tokens: expected length of the completion, 0 where unknown. history: (policy version, token ids as
-    little-endian int32) of earlier completions of the problem, newest last.
+    predicted_tokens: expected length of the completion, 0 where unknown. history: (policy version, identity, token
+    ids as little-endian int32) of earlier completions of the problem, newest last; see `GenerateRequest`.
+    end_tokens: those that end the request.
     """
 
     problem: int
     group: int
     predicted_tokens: int = 0
-    history: tuple[tuple[int, bytes], ...] = ()
+    history: tuple[tuple[int, int, bytes], ...] = ()
+    end_tokens: tuple[int, ...] = ()
 
     def extra_arguments(self) -> dict[str, Any]:
         """For vLLM's `SamplingParams(extra_args=...)`."""

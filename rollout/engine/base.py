@@ -31,9 +31,11 @@ class EngineDead(EngineError):
 class GenerateRequest:
     """One prompt to complete `group_size` times.
 
-    The rest is for drafting alone. problem: 64-bit key of the problem, 0: by its prompt. history: (policy version,
-    token ids as little-endian int32) of earlier completions of the problem, newest last. predicted_tokens: expected
-    length of a completion, 0: unknown.
+    The rest changes nothing of what is sampled. problem: key of the prompt (`databus.history.problem_key`; 0: not
+    known). history: earlier completions of the problem, to draft from, as (oldest policy version in it, int32 [t] token
+    ids), newest last. Completions that this engine generated itself may be among them; history_ids has an identity for
+    each (`databus.history.completion_id`), by which it can tell. predicted_tokens: expected length of a completion, by
+    which an engine may choose what to begin first (0: unknown).
     """
 
     group_id: str
@@ -41,7 +43,8 @@ class GenerateRequest:
     group_size: int
     sampling: Sampling
     problem: int = 0
-    history: tuple[tuple[int, bytes], ...] = ()
+    history: tuple[tuple[int, Array], ...] = ()
+    history_ids: tuple[int, ...] = ()
     predicted_tokens: int = 0
 
 

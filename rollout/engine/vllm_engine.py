@@ -33,6 +33,7 @@ from rollout.engine.base import (
     UpdateFailed,
     UpdateReport,
 )
+from rollout.engine.begin_order import BeginOrder
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
 from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment, tied_engine_cores
@@ -70,6 +71,7 @@ class VllmEngine:
         self._without_token: set[str] = set()
         self._running = 0
         self._generated = 0
+        self._begin_order = BeginOrder(config.max_sequences)
         # The kernel ends a child that asked for it when the *thread* that made it ends: this one stays.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-start")
 
@@ -183,11 +185,12 @@ class VllmEngine:
             extra_args=self._extra_arguments(request, index),
             **self._sampling_fields,
         )
+        priority = self._begin_order.priority(request.predicted_tokens, request.sampling.max_tokens)
         self._running += 1
         try:
             while True:
                 await self._open.wait()
-                output = await self._submit(request, f"{request.group_id}:s{index}", sampling)
+                output = await self._submit(request, f"{request.group_id}:s{index}", sampling, priority)
                 if output.finish_reason != "abort":  # by `update`: it had no token yet
                     break
         finally:
@@ -203,17 +206,18 @@ class VllmEngine:
             problem=request.problem or problem_key(np.array(request.prompt_ids, np.int32)),
             group=group_key(request.group_id),
             predicted_tokens=request.predicted_tokens,
-            history=request.history if index == 0 else (),
+            history=_encoded_history(request) if index == 0 else (),
+            end_tokens=tuple(self._sampling_fields["stop_token_ids"]),
         )
         return facts.extra_arguments()
 
-    async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any) -> Any:
+    async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any, priority: int) -> Any:
         # The salt keeps the prefix cache of one version apart from every other's.
         prompt = self._tokens_input(list(request.prompt_ids), cache_salt=f"version {self._version}")
         final: Any = None
         self._without_token.add(request_id)
         try:
-            async for output in self._llm.generate(prompt, sampling, request_id):
+            async for output in self._llm.generate(prompt, sampling, request_id, priority=priority):
                 self._without_token.discard(request_id)
                 final = output.outputs[0]
         except Exception as error:
@@ -245,6 +249,14 @@ class VllmEngine:
         if self._llm.errored:
             return EngineDead("vLLM's engine process has died; see this role's log")
         return EngineError(f"vLLM refused a request: {_one_line(error)}")
+
+
+def _encoded_history(request: GenerateRequest) -> tuple[tuple[int, int, bytes], ...]:
+    identities = request.history_ids or (0,) * len(request.history)
+    return tuple(
+        (version, identity, np.ascontiguousarray(token_ids, "<i4").tobytes())
+        for (version, token_ids), identity in zip(request.history, identities, strict=True)
+    )
 
 
 def _completion(output: Any) -> Completion:

@@ -64,6 +64,10 @@ def engine_arguments(config: RolloutConfig, model: str, seed: int, draft: DraftC
         logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
         skip_tokenizer_init=True,  # token ids in, token ids out
         enable_prefix_caching=True,
+        # What waits is begun by priority. Where the KV cache runs out, 0.32.0 puts back the running request with the
+        # highest number, the shortest predicted, and that is the cheapest to compute again; one that is waiting never
+        # displaces one that runs.
+        scheduling_policy="priority",
         disable_log_stats=True,
         worker_extension_cls=WORKER_EXTENSION,
         speculative_config=speculation(draft),

@@ -73,6 +73,11 @@ def write_enumerable_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def history_of(texts: list[list[int]], version: int = 2) -> tuple[tuple[int, bytes], ...]:
+def history_of(texts: list[list[int]], version: int = 2) -> tuple[tuple[int, int, bytes], ...]:
     """As a lease brings it."""
-    return tuple((version, np.array(text, "<i4").tobytes()) for text in texts)
+    return tuple((version, 0, np.array(text, "<i4").tobytes()) for text in texts)
+
+
+def past_of(texts: list[list[int]], version: int = 2) -> tuple[tuple[int, np.ndarray], ...]:
+    """As a request to the engine brings it."""
+    return tuple((version, np.array(text, np.int32)) for text in texts)

@@ -46,14 +46,15 @@ class PrefixDrafter:
         *,
         problem: int,
         prompt_ids: Array,
-        history: Sequence[tuple[int, Array]],
+        history: Sequence[tuple[int, int, Array]],
         predicted_tokens: int,
         group: int,
         max_tokens: int,
+        end_tokens: Sequence[int] = (),
     ) -> int:
-        if any(((tokens < 0) | (tokens >= self.vocab_size)).any() for _, tokens in history):
+        if any(((tokens < 0) | (tokens >= self.vocab_size)).any() for *_, tokens in history):
             raise ValueError("a token id outside of the vocabulary")
-        for _, tokens in history:
+        for *_, tokens in history:
             self._keep(problem, tokens.tolist())
         slot = self.free.pop()
         self.seen[slot] = Seen(problem, prompt_ids.tolist(), max_tokens)

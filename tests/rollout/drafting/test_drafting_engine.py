@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from enumerable import CONFIG, END, NUM_TOKENS, PROMPT, Drafting, history_of
+from enumerable import CONFIG, END, NUM_TOKENS, PROMPT, Drafting, past_of
 
 from databus.messages import Sampling
 from rollout.engine.base import Completion, GenerateRequest
@@ -50,7 +50,7 @@ def test_logprobs_are_those_of_the_sampling_distribution(
     drafting.draft_with("PrefixDrafter")
     completions = drafting.run(
         drafting.engine.generate(
-            request(f"t{temperature}", temperature=temperature, history=history_of(REPETITIVE), problem=5)
+            request(f"t{temperature}", temperature=temperature, history=past_of(REPETITIVE), problem=5)
         )
     )
     stats = drafting.engine.stats()
@@ -65,7 +65,7 @@ def test_logprobs_are_those_of_the_sampling_distribution(
 
 def test_greedy_completions_do_not_depend_on_drafts(drafting: Drafting) -> None:
     drawn = []
-    for problem, history in ((1, ()), (2, history_of(REPETITIVE)), (3, history_of([[END]] * 3))):
+    for problem, history in ((1, ()), (2, past_of(REPETITIVE)), (3, past_of([[END]] * 3))):
         drafting.draft_with("PrefixDrafter")
         group = request(f"greedy{problem}", 4, temperature=0.0, problem=problem, history=history)
         drawn += [tuple(each.token_ids.tolist()) for each in drafting.run(drafting.engine.generate(group))]
@@ -133,7 +133,7 @@ def test_a_drafter_that_raises_costs_no_rollout(drafting: Drafting) -> None:
 
 def test_bad_histories_cost_no_rollout(drafting: Drafting) -> None:
     drafting.draft_with("PrefixDrafter")
-    for index, history in enumerate([history_of([[NUM_TOKENS]]), ((2, b"odd"),), history_of([[-5, 1]])]):
+    for index, history in enumerate([past_of([[NUM_TOKENS]]), past_of([[2**31 - 1]]), past_of([[-5, 1]])]):
         completions = drafting.run(drafting.engine.generate(request(f"bad{index}", 4, history=history)))
         assert len(completions) == 4
     assert drafting.engine.stats().drafting["refused"] == 3
@@ -143,7 +143,7 @@ def test_bad_histories_cost_no_rollout(drafting: Drafting) -> None:
 def test_drafts_end_with_the_request_and_the_context(drafting: Drafting) -> None:
     """One request at the end of its context keeps no other from drafting, as it does in vLLM 0.32.0 by itself."""
     drafting.draft_with("PrefixDrafter")
-    endless = history_of([[0, 1, 2, 3, 4] * 20])
+    endless = past_of([[0, 1, 2, 3, 4] * 20])
     room = CONFIG.context_tokens - len(PROMPT)
     lengths = set()
     for tokens in (1, 2, 3, 7, room, room + 9):

@@ -142,7 +142,7 @@ def test_a_preempted_request_gives_its_slot_to_who_needs_it_and_begins_anew() ->
     assert runner.step({**{name: [1] for name in others[1:]}, "waits": [3]})[-1] == [4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("history", [((2, b"\x01\x02\x03"),), history_of([[1, 99]]), history_of([[-1]])])
+@pytest.mark.parametrize("history", [((2, 0, b"\x01\x02\x03"),), history_of([[1, 99]]), history_of([[-1]])])
 def test_a_bad_history_is_left_out_with_one_warning(
     history: tuple[tuple[int, bytes], ...], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,183 @@
+"""One round of the whole running batch, compiled: take what was sampled, then draft what may come next."""
+
+import numpy as np
+
+from rollout.drafting.automaton import (
+    DEPTH,
+    LENGTH,
+    LINK,
+    VERSION,
+    WRITER,
+    follow,
+    likeliest,
+    shorten,
+    write,
+)
+from rollout.drafting.calibration import cell_of, chance, learn
+from rollout.drafting.compiled import compiled
+from rollout.drafting.counters import LAGS, SOURCES
+from rollout.drafting.running import SIBLING_BITS
+
+OWN, SIBLING, EPOCH, COMMON = range(4)
+ROUNDS, DRAFTED, ACCEPTED = range(3)
+BY_SOURCE = 3
+BY_LAG = BY_SOURCE + 2 * len(SOURCES)
+NUM_COUNTERS = BY_LAG + 2 * len(LAGS)
+
+LEAST_SURVIVAL = 0.03
+TRUSTED = 0.8
+"""A first token that is so likely to be accepted is drafted from the problem's own automaton without a second look."""
+
+
+@compiled
+def _lag_class(lag):
+    at = len(LAGS) - 1
+    while at > 0 and lag < LAGS[at]:
+        at -= 1
+    return at
+
+
+@compiled
+def _judge(running, slot, new, table, counters):
+    """Count what became of the drafts of a slot, now that its `new` tokens are known."""
+    drafted = running.num_drafts[slot]
+    if drafted == 0 or len(new) == 0:
+        return
+    running.num_drafts[slot] = 0
+    counters[ROUNDS] += 1
+    for place in range(min(drafted, len(new))):
+        accepted = running.drafts[slot, place] == new[place]
+        learn(table, running.cells[slot, place], accepted)
+        if not accepted:
+            break
+        counters[ACCEPTED] += 1
+        counters[BY_SOURCE + 2 * running.sources[slot, place] + 1] += 1
+        counters[BY_LAG + 2 * running.lags[slot, place] + 1] += 1
+
+
+@compiled
+def take(arena, running, slots, tokens, counts, table, counters, version):
+    """Give each running request its newly sampled tokens.
+
+    slots [R]: their rows in `running`. tokens: of all rows, one after another. counts [R]. version: that sampled them.
+    Returns: False where the arena had no room, after which it is of no use.
+    """
+    at = 0
+    for row in range(len(slots)):
+        slot = slots[row]
+        new = tokens[at : at + counts[row]]
+        at += counts[row]
+        _judge(running, slot, new, table, counters)
+        last, bound, length = write(
+            arena,
+            np.int64(running.last[slot]),
+            np.int64(running.bound[slot]),
+            np.int64(running.length[slot]),
+            new,
+            version,
+            running.writer[slot],
+        )
+        if last < 0:
+            return False
+        running.last[slot] = last
+        running.bound[slot] = bound
+        running.length[slot] = length
+        state, common = np.int64(running.common[slot]), np.int64(running.common_length[slot])
+        for token in new:
+            state, common = follow(arena, state, common, token)
+            if running.text_length[slot] < running.text.shape[1]:
+                running.text[slot, running.text_length[slot]] = token
+                running.text_length[slot] += 1
+        running.common[slot] = state
+        running.common_length[slot] = common
+        running.room[slot] -= len(new)
+    return True
+
+
+@compiled
+def _source(arena, running, slot, target, common):
+    if common:
+        return COMMON
+    writer = arena.states[target, WRITER]
+    if writer == running.writer[slot]:
+        return OWN
+    return SIBLING if writer >> SIBLING_BITS == running.writer[slot] >> SIBLING_BITS else EPOCH
+
+
+@compiled
+def _draft(arena, running, slot, state, length, common, most, table, version):
+    """Walk the commonest way on from a context, into the slot's drafts; returns (their number, tokens expected)."""
+    states = arena.states
+    length = min(length, DEPTH - 1)
+    state = shorten(arena, state, length)
+    survival, expected, num = 1.0, 0.0, 0
+    while num < most:
+        token, target, best, total = likeliest(arena, state)
+        while token < 0 and states[state, LINK] >= 0 and states[states[state, LINK], LINK] >= 0:
+            state = np.int64(states[state, LINK])  # nothing known goes on from here: look at a shorter context
+            length = np.int64(states[state, LENGTH])
+            token, target, best, total = likeliest(arena, state)
+        if token < 0 or length == 0:
+            break
+        cell = cell_of(common, length, best, total)
+        survival *= chance(table, cell)
+        if survival < LEAST_SURVIVAL:
+            break
+        running.drafts[slot, num] = token
+        running.cells[slot, num] = cell
+        running.survival[slot, num] = survival
+        running.sources[slot, num] = _source(arena, running, slot, target, common)
+        running.lags[slot, num] = _lag_class(version - states[target, VERSION])
+        expected += survival
+        num += 1
+        length = min(length + 1, DEPTH - 1)
+        state = shorten(arena, target, length)
+    return num, expected
+
+
+@compiled
+def _has_ended(running, slot):
+    last = running.text[slot, running.text_length[slot] - 1]
+    for token in running.ends:  # noqa: SIM110 (compiled)
+        if token == last:
+            return True
+    return False
+
+
+@compiled
+def draft(arena, running, slots, counts, table, version, max_drafts):
+    """Draft for every request that has just got tokens and goes on; `running` then says what.
+
+    A request whose last token is one of `running.ends` has ended, though nobody has told it so yet.
+    """
+    for row in range(len(slots)):
+        slot = slots[row]
+        running.num_drafts[slot] = 0
+        most = min(max_drafts, running.room[slot] - 1)
+        if counts[row] == 0 or most <= 0 or _has_ended(running, slot):
+            continue
+        state, length = np.int64(running.bound[slot]), np.int64(running.length[slot])
+        num, expected = _draft(arena, running, slot, state, length, 0, most, table, version)
+        if num == 0 or running.survival[slot, 0] < TRUSTED:
+            state, length = np.int64(running.common[slot]), np.int64(running.common_length[slot])
+            shared, better = _draft(arena, running, slot, state, length, 1, most, table, version)
+            if better > expected:
+                num = shared
+            elif num > 0:  # the second walk has written over the first
+                state, length = np.int64(running.bound[slot]), np.int64(running.length[slot])
+                num, expected = _draft(arena, running, slot, state, length, 0, most, table, version)
+        running.num_drafts[slot] = num
+
+
+@compiled
+def collect(running, slots, counters, drafts, num_drafts):
+    """Copy the drafts out, and count them."""
+    for row in range(len(slots)):
+        slot = slots[row]
+        num = running.num_drafts[slot]
+        num_drafts[row] = num
+        for place in range(num):
+            drafts[row, place] = running.drafts[slot, place]
+            counters[BY_SOURCE + 2 * running.sources[slot, place]] += 1
+            counters[BY_LAG + 2 * running.lags[slot, place]] += 1
+        counters[DRAFTED] += num

@@ -1,0 +1,156 @@
+"""The broker over real sockets, with something to schedule by."""
+
+from collections.abc import Sequence, Set
+
+from scripted import (
+    RunningBroker,
+    ScriptedLearner,
+    ScriptedWorker,
+    broker_config,
+    connect,
+    make_group,
+    receive,
+    send_group,
+)
+
+from databus.groups import Group
+from databus.messages import Ack, Credits, Heartbeat, Lease, Position, PositionRequest, Stop
+from databus.run_state import RunFailed
+from databus.scheduling import Load
+
+
+class Recorder:
+    """A scheduler that predicts ten tokens more for each cursor."""
+
+    def __init__(self) -> None:
+        self.groups: list[int] = []
+        self.steps: list[tuple[list[int], set[int]]] = []
+
+    def predicted_tokens(self, cursor: int) -> int:
+        return 10 * cursor
+
+    def completed(self, cursor: int, group: Group) -> None:
+        self.groups.append(cursor)
+
+    def stepped(self, trained: Sequence[int], still_open: Set[int]) -> dict[str, float]:
+        self.steps.append((list(trained), set(still_open)))
+        return {"difficulty/steps": len(self.steps)}
+
+    def save(self) -> bytes:
+        return b"state"
+
+
+class OddRewards:
+    def keep(self, group: Group) -> bool:
+        return bool(group.rewards[0] % 2)
+
+
+class Nothing:
+    def keep(self, group: Group) -> bool:
+        return False
+
+
+def test_the_scheduler_hears_of_every_cursor(address: str) -> None:
+    scheduler = Recorder()
+    running = RunningBroker(broker_config(address, steps=3), scheduler=scheduler)
+    worker, learner = ScriptedWorker(address), ScriptedLearner(address)
+    learner.step(0)
+    learner.client.send(PositionRequest(step=1))
+    assert receive(learner.client, Position).scheduling == b"state"
+    for step in (1, 2):
+        learner.step(step)
+    learner.finish()
+    worker.join()
+    running.join()
+    assert all(lease.predicted_tokens == 10 * lease.cursor for _, lease in worker.leases)
+    assert sorted(scheduler.groups) == list(range(6))
+    assert sorted(cursor for trained, _ in scheduler.steps for cursor in trained) == list(range(6))
+    done: set[int] = set()
+    for trained, still_open in scheduler.steps:
+        done |= set(trained)
+        assert not done & still_open
+    assert [row["difficulty/steps"] for row in running.sink.rows] == [1, 2, 3]
+
+
+def test_filtered_groups_tell_of_difficulty_as_well(address: str) -> None:
+    scheduler = Recorder()
+    running = RunningBroker(
+        broker_config(address, steps=2, max_staleness=0, batch_groups=1), scheduler=scheduler, filters=[OddRewards()]
+    )
+    worker = connect(address, "w", "worker", max_sequences=4)
+    worker.send(Credits(total=1))
+    lease = receive(worker, Lease)
+    send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[0], [0]], rewards=[2.0, 2.0]))
+    assert receive(worker, Ack).accepted
+    worker.send(Credits(total=2))
+    second = receive(worker, Lease)
+    send_group(worker, second.group_id, make_group(second.prompt_ids, [[0], [0]], rewards=[1.0, 1.0]))
+    learner = ScriptedLearner(address)
+    learner.step(0)
+    worker.close("done")
+    learner.client.close("done")
+    running.join()
+    assert scheduler.groups == [0, 1]
+    assert scheduler.steps == [([1], set())]
+
+
+class Fullest:
+    """Sends all to the worker with the most to do, and keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[Load]] = []
+
+    def choose(self, loads: Sequence[Load]) -> int:
+        self.seen.append(list(loads))
+        return max(range(len(loads)), key=lambda index: loads[index].predicted_tokens)
+
+
+def test_placement_decides_who_gets_the_next_group(address: str) -> None:
+    placement = Fullest()
+    RunningBroker(broker_config(address, batch_groups=4, max_staleness=0), scheduler=Recorder(), placement=placement)
+    first, second = (connect(address, name, "worker", max_sequences=8) for name in ("first", "second"))
+    first.send(Credits(total=1))
+    assert receive(first, Lease).cursor == 0
+    second.send(Credits(total=2))
+    leases = [receive(second, Lease) for _ in range(2)]
+    second.send(Heartbeat(generated_tokens=7))
+    first.send(Credits(total=2))
+    receive(first, Lease)
+    assert [lease.cursor for lease in leases] == [1, 2]
+    # Predictions are of whole groups: two completions each of 10 and of 20 tokens.
+    loads = [load for seen in placement.seen for load in seen]
+    assert max(load.predicted_tokens for load in loads) == 2 * 10
+    assert {load.free_groups for load in loads} <= {1, 2}
+    for client in (first, second):
+        client.close("done")
+
+
+def test_a_run_in_which_every_group_is_filtered_ends(address: str) -> None:
+    running = RunningBroker(broker_config(address, max_filtered=5, steps=1), filters=[Nothing()])
+    worker = connect(address, "w", "worker", max_sequences=8)
+    for total in range(1, 6):
+        worker.send(Credits(total=total))
+        lease = receive(worker, Lease)
+        send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[0], [0]]))
+    stop = receive(worker, Stop)
+    assert not stop.ok
+    worker.close("done")
+    running.join()
+    assert isinstance(running.failure, RunFailed)
+    assert str(running.failure).startswith("5 groups in a row were filtered out, none kept")
+
+
+def test_a_group_that_is_kept_starts_the_count_anew(address: str) -> None:
+    running = RunningBroker(broker_config(address, max_filtered=2, steps=1, batch_groups=3), filters=[OddRewards()])
+    worker = connect(address, "w", "worker", max_sequences=8)
+    for total, reward in enumerate([2.0, 1.0, 2.0, 1.0, 2.0, 1.0], start=1):
+        worker.send(Credits(total=total))
+        lease = receive(worker, Lease)
+        send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[0], [0]], rewards=[reward, 0.0]))
+    learner = ScriptedLearner(address)
+    learner.step(0)
+    learner.finish()
+    worker.close("done")
+    running.join()
+    assert running.failure is None
+    assert running.sink.rows[0]["ledger/filtered_groups"] == 3
