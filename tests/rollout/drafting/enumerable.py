@@ -15,7 +15,7 @@ NUM_TOKENS = 6
 END = 5
 PROMPT = (0, 3, 1)
 CONFIG = RolloutConfig(context_tokens=64, max_sequences=256)
-DRAFT = DraftConfig(policy="marginal", max_tokens=4)
+DRAFT = DraftConfig(policy="logarithmic", max_tokens=4)
 DEADLINE_S = 120.0
 
 

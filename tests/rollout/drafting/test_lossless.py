@@ -14,8 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from enumerable import END, NUM_TOKENS, PROMPT, Drafting, history_of
+from enumerable import END, NUM_TOKENS, PROMPT, Drafting, history_of, past_of
 from scipy.stats import chi2
+
+from databus.messages import Sampling
+from rollout.drafting.proposer import DRAFTER
+from rollout.engine.base import GenerateRequest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -196,6 +200,14 @@ def test_whole_completions_have_the_models_distribution(drafting: Drafting, trut
     assert 0.02 < stats.accepted_tokens / stats.drafted_tokens < 0.98
 
 
+def test_the_drafter_of_runs_is_lossless(drafting: Drafting, truth: Truth) -> None:
+    drafting.run(drafting.engine.start_drafting(DRAFTER))
+    assert total_p(drafting, truth, DRAWINGS["cold"]) > 0.001
+    stats = drafting.engine.stats()
+    assert stats.drafted_tokens > DRAWINGS["cold"].sequences
+    assert 0.02 < stats.accepted_tokens / stats.drafted_tokens < 0.98
+
+
 def test_good_history_is_accepted_more_than_adversarial(drafting: Drafting, truth: Truth) -> None:
     acceptance = {}
     for kind in ("good", "adversarial"):
@@ -208,10 +220,22 @@ def test_good_history_is_accepted_more_than_adversarial(drafting: Drafting, trut
 
 @pytest.mark.parametrize("kind", HISTORIES)
 def test_greedy_completions_are_the_models(drafting: Drafting, truth: Truth, kind: str) -> None:
+    """The second group drafts from the first one's completions too."""
     drafting.draft_with("PrefixDrafter")
-    drawing = Drawing(temperature=0.0, sequences=64)
-    drawn = drafting.run(draw(drafting, drawing, history(kind, truth), kind))
-    assert drawn == Counter({tuple(truth.extreme(1.0)): 64})
+    for turn in range(2):
+        request = GenerateRequest(
+            group_id=f"greedy {turn}",
+            prompt_ids=PROMPT,
+            group_size=64,
+            sampling=Sampling(max_tokens=MAX_TOKENS, temperature=0.0),
+            problem=1 + HISTORIES.index(kind),
+            history=past_of(history(kind, truth)),
+        )
+        completions = drafting.run(drafting.engine.generate(request))
+        assert {tuple(completion.token_ids.tolist()) for completion in completions} == {tuple(truth.extreme(1.0))}
+    stats = drafting.engine.stats()
+    assert stats.accepted_tokens > 0
+    assert stats.drafted_tokens > 64
 
 
 @pytest.mark.parametrize("name", ["plain", "cold"])

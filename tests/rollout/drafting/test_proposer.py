@@ -102,6 +102,12 @@ def test_no_draft_beyond_what_a_request_may_say(prompt: int, max_tokens: int) ->
 
 def test_requests_that_are_gone_leave_their_text_and_their_slot() -> None:
     runner, proposer, _ = started()
+    runner.begin("gone", facts(7))
+    runner.step({"gone": [8, 9]})
+    del runner.requests["gone"]
+    runner.begin("next", facts(7))
+    assert runner.step({"next": [8]}) == [[9]]
+    del runner.requests["next"]
     for turn in range(3 * SEQUENCES):
         runner.begin(f"r{turn}", facts(7))
         runner.step({f"r{turn}": [turn % 10, (turn + 3) % 10]})
@@ -239,6 +245,11 @@ def test_a_prompt_is_its_problem_where_none_is_named() -> None:
     prompt = np.array([1, 2, 3], np.int32)
     assert problem_key(prompt) == problem_key(prompt.copy()) != problem_key(prompt[:2])
     assert 0 <= problem_key(prompt) < 1 << 64
+
+
+def test_a_request_near_its_end_does_not_keep_vllm_from_asking() -> None:
+    runner, _, _ = started()
+    assert runner.effective_drafter_max_model_len == CONTEXT + LONGEST
 
 
 def test_before_it_is_started_it_drafts_nothing() -> None:
