@@ -106,7 +106,7 @@ def test_the_longest_predicted_is_begun_first(served: Served) -> None:
         await asyncio.gather(generate("short", 1, 32), generate("long", 20, 32), generate("short too", 1, 32), full)
 
     served.run(scenario())
-    assert ended.index("long") < ended.index("short") < ended.index("short too")
+    assert ended.index("long") < min(ended.index("short"), ended.index("short too"))
 
 
 def test_update_in_flight_switches_at_a_token(
