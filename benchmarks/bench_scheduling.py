@@ -14,6 +14,7 @@ About 5 minutes on two cores.
 import argparse
 import asyncio
 import random
+import runpy
 import statistics
 import subprocess
 import sys
@@ -60,12 +61,10 @@ def lognormal(median: float, between: float, within: float) -> Callable[[np.rand
 
 def chain_sum(rng: np.random.Generator) -> tuple[Sampler, Array]:
     """The lengths of right answers of `recipes/prepare_chain_sum.py`, an eighth of them cut short or run over."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from prepare_chain_sum import draw_operands, solution
-
+    task = runpy.run_path(str(ROOT / "recipes" / "prepare_chain_sum.py"))
     chains = random.Random(int(rng.integers(1 << 30)))
-    operands = [draw_operands(chains) for _ in range(NUM_PROBLEMS)]
-    right = np.array([[len(solution(each)) + 1] for each in operands])
+    operands = [task["draw_operands"](chains) for _ in range(NUM_PROBLEMS)]
+    right = np.array([[len(task["solution"](each)) + 1] for each in operands])
 
     def sample(rng: np.random.Generator) -> Array:
         wrong = rng.random((NUM_PROBLEMS, GROUP_SIZE)) < 1 / 8

@@ -27,15 +27,37 @@ def all_settings() -> Settings:
 
 def _collect(node: inspect.Type, name: str, settings: Settings) -> None:
     if isinstance(node, inspect.UnionType):
-        variants = [each for each in node.types if isinstance(each, inspect.StructType)]
-        settings[f"{name}.{TAG}"] = inspect.LiteralType(tuple(str(each.tag) for each in variants))
-        for variant in variants:
+        settings[f"{name}.{TAG}"] = inspect.LiteralType(tuple(_variants(node)))
+        for variant in _variants(node).values():
             _collect(variant, name, settings)
     elif not isinstance(node, inspect.StructType):
         settings[name] = node
     else:
         for field in node.fields:
             _collect(field.type, f"{name}.{field.name}" if name else field.name, settings)
+
+
+def _variants(node: inspect.Type) -> dict[str, inspect.StructType]:
+    """The variants of a section by their `type`; none where it has none."""
+    structs = node.types if isinstance(node, inspect.UnionType) else ()
+    return {str(each.tag): each for each in structs if isinstance(each, inspect.StructType)}
+
+
+def _check_variants(node: inspect.Type, values: Any, name: str, source: str) -> None:
+    """Raises: ValueError for a setting of a variant that was not chosen."""
+    if isinstance(node, inspect.StructType) and isinstance(values, dict):
+        for field in node.fields:
+            inner = f"{name}.{field.name}" if name else field.name
+            _check_variants(field.type, values.get(field.name), inner, source)
+    variants = _variants(node)
+    if not variants or not isinstance(values, dict) or values.get(TAG) not in variants:
+        return
+    allowed = [field.name for field in variants[values[TAG]].fields]
+    for key in values.keys() - {TAG, *allowed}:
+        raise ValueError(
+            f"{source}: {name}.{key} is not a setting of {name}.{TAG}={values[TAG]} "
+            f"(it has {', '.join(allowed) or 'none'}): set {name}.{TAG} first"
+        )
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -161,6 +183,7 @@ def to_config(values: dict[str, Any], source: str) -> RunConfig:
             raise ValueError(f"{source}: {unknown_setting(name, f'{name}={value!r}', settings)}")
         if not is_allowed(value, settings[name]):
             raise ValueError(f"{source}: {name} is {value!r}, expected {describe(settings[name])}")
+    _check_variants(inspect.type_info(RunConfig), values, "", source)
     try:
         return msgspec.convert(values, RunConfig)
     except msgspec.ValidationError as error:

@@ -2,6 +2,7 @@ import pytest
 
 from echelon.config import DataConfig, RunConfig
 from echelon.overrides import apply_overrides
+from rollout.config import DropSolved, PassRateBand
 
 CONFIG = RunConfig(model="m", data=DataConfig(train="t.jsonl"))
 
@@ -92,3 +93,27 @@ def test_word_without_equals_sign() -> None:
 def test_section_is_not_a_setting() -> None:
     assert "names a section" in error("learner=1")
     assert "clip_low" in error("learner.loss=1")
+
+
+def test_a_section_with_variants() -> None:
+    chosen = apply_overrides(CONFIG, ["scheduling.curriculum.type=pass_rate_band", "scheduling.curriculum.low=0.2"])
+    assert chosen.scheduling.curriculum == PassRateBand(low=0.2)
+    again = apply_overrides(chosen, ["scheduling.curriculum.high=0.7"])
+    assert again.scheduling.curriculum == PassRateBand(low=0.2, high=0.7)
+    other = apply_overrides(again, ["scheduling.curriculum.type=drop_solved"])
+    assert other.scheduling.curriculum == DropSolved()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("scheduling.curriculum.type=easy", ["expected drop_solved or learning_progress or none or pass_rate_band"]),
+        ("scheduling.curriculum.low=0.2", ["low is not a setting of scheduling.curriculum.type=none", "it has none"]),
+        ("scheduling.curriculum.lowest=0.2", ["unknown setting", "scheduling.curriculum has", "low"]),
+        ("scheduling.curriculum=none", ["names a section", "type"]),
+        ("scheduling.curriculum.high=2", ["above 0 and at most 1"]),
+    ],
+)
+def test_variants_that_do_not_fit(override: str, words: list[str]) -> None:
+    text = error(override)
+    assert all(word in text for word in words), text

@@ -33,6 +33,15 @@ def test_defaults_are_consistent() -> None:
         (["eval.every=5"], ["eval.every", "data.eval"]),
         (["learner.betas=0.9,1.0"], ["learner.betas"]),
         (["bus.heartbeat_s=20"], ["bus.peer_timeout_s", "bus.heartbeat_s"]),
+        (["scheduling.shares=0.5,0.5,0.5"], ["scheduling.shares", "add up to 1"]),
+        (
+            ["scheduling.curriculum.type=drop_solved", "data.shuffle=false"],
+            ["scheduling.curriculum", "scheduling.mixing", "data.shuffle"],
+        ),
+        (
+            ["scheduling.curriculum.type=pass_rate_band", "scheduling.curriculum.low=0.9"],
+            ["scheduling.curriculum.low", "high"],
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(overrides: list[str], names: list[str]) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,23 @@ def test_context_bounds_the_completion(served: Served) -> None:
     assert max(len(completion.token_ids) for completion in completions) == 3
     with pytest.raises(EngineError, match="prompt of 400 tokens, context of 400"):
         served.run(served.engine.generate(request("full", prompt=prompt[:1] * 400)))
+
+
+def test_the_longest_predicted_is_begun_first(served: Served) -> None:
+    ended: list[str] = []
+
+    async def generate(name: str, predicted: int, size: int) -> None:
+        await served.engine.generate(replace(request(name, size=size, tokens=20), predicted_tokens=predicted))
+        ended.append(name)
+
+    async def scenario() -> None:
+        full = asyncio.ensure_future(generate("full", 20, CONFIG.max_sequences))
+        await asyncio.sleep(0.05)
+        # Together they have room for half of themselves at a time, once the engine has any.
+        await asyncio.gather(generate("short", 1, 32), generate("long", 20, 32), generate("short too", 1, 32), full)
+
+    served.run(scenario())
+    assert ended.index("long") < min(ended.index("short"), ended.index("short too"))
 
 
 def test_update_in_flight_switches_at_a_token(

@@ -2,7 +2,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from rollout.scheduling.difficulty import DifficultyModel, DifficultyState
+from rollout.scheduling.difficulty import ANCHOR_GROUPS, DifficultyModel, DifficultyState
 from rollout.scheduling.length_prior import LengthPrior
 
 PASSED = np.array([True, False])
@@ -100,3 +100,15 @@ def test_prior_forgets() -> None:
         prior.observe(1.0, log_mean, 0.2, 0.4)
     assert prior.log_mean(np.array([1.0]))[0] == pytest.approx(5.0, abs=0.02)
     assert prior.spread() == (pytest.approx(0.2), pytest.approx(0.4))
+
+
+def test_lengths_stay_known_when_they_become_relative() -> None:
+    """Problems seen before the data set's expectation was steady, some of them among the very first."""
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(5, 0.8, 2 * ANCHOR_GROUPS).astype(int) + 5
+    model = DifficultyModel(rng.integers(5, 50, len(lengths)), 0.5)
+    for problem, length in enumerate(lengths.tolist()):
+        observe(model, problem, [length] * 8)
+        known = np.arange(problem + 1)
+        errors = model.mean_tokens(known) / lengths[known] - 1
+        assert np.median(np.abs(errors)) < 0.2, problem
