@@ -34,7 +34,7 @@ from databus.messages import (
     Welcome,
 )
 from databus.peers import Peer, may_send
-from databus.prompts import GroupFilter, MetricsSink, Prompt, PromptSource
+from databus.prompts import GroupFilter, GroupRecorder, MetricsSink, Prompt, PromptSource
 from databus.run_state import LearnerLost, RunFailed, new_state
 from databus.step_desk import StepDesk
 from databus.transport import BrokerSocket, Received
@@ -58,6 +58,7 @@ class Broker:
         sink: MetricsSink,
         position: Position | None = None,
         filters: Sequence[GroupFilter] = (),
+        recorder: GroupRecorder | None = None,
     ) -> None:
         """Binds the socket. Raises: ValueError, one line, where it cannot listen on `config.address`."""
         self._socket = BrokerSocket(config.address, config.bus.max_message_bytes)
@@ -65,7 +66,7 @@ class Broker:
         self.refused = 0
         self._config = config
         self._state = new_state(config, prompts, evals, filters, self._socket.send, position)
-        self._leases = LeaseDesk(self._state)
+        self._leases = LeaseDesk(self._state, recorder)
         self._steps = StepDesk(self._state, sink)
         self._phase = "starting"
         self._error = ""

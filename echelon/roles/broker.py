@@ -10,7 +10,7 @@ import msgspec
 
 from databus.address import resolve_address
 from databus.broker import Broker
-from databus.config import BrokerConfig
+from databus.config import BrokerConfig, HistoryConfig
 from databus.messages import Position
 from databus.prompts import Prompt, SampledGroup
 from databus.run_state import LearnerLost
@@ -20,6 +20,7 @@ from echelon.metrics import RowWriter, sample_rows
 from echelon.prompt_files import PromptFile
 from echelon.run_folder import BusRecord, RunFolder
 from learner.checkpoint_folder import latest_checkpoint, read_trainer_state
+from rollout.config import DraftConfig
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,16 @@ def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
         bus=config.bus,
         config_json=folder.config_file.read_bytes(),
         run_dir=str(folder.path),
+        history=history_config(config.draft),
+    )
+
+
+def history_config(draft: DraftConfig) -> HistoryConfig | None:
+    """None where nobody drafts."""
+    if draft.policy == "off":
+        return None
+    return HistoryConfig(
+        tokens=draft.history_tokens, window_versions=draft.window_versions, total_tokens=draft.index_tokens
     )
 
 

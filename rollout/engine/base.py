@@ -28,12 +28,21 @@ class EngineDead(EngineError):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One prompt to complete `group_size` times."""
+    """One prompt to complete `group_size` times.
+
+    problem: key of the prompt (`databus.history.problem_key`; 0: not known). history: earlier completions of the
+    problem, to draft from, as (oldest policy version in it, int32 [t] token ids), newest last. Completions that this
+    engine generated itself may be among them; history_ids has an identity for each (`databus.history.completion_id`),
+    by which it can tell. Neither changes what is sampled.
+    """
 
     group_id: str
     prompt_ids: tuple[int, ...]
     group_size: int
     sampling: Sampling
+    problem: int = 0
+    history: tuple[tuple[int, Array], ...] = ()
+    history_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
