@@ -18,6 +18,7 @@ from echelon.errors import SIGTERM_CODE, FollowsAnother, role_main
 from echelon.files import write_atomically
 from echelon.metrics import RowWriter, sample_rows
 from echelon.prompt_files import PromptFile
+from echelon.rollout_record import RolloutWriter
 from echelon.run_folder import BusRecord, RunFolder
 from learner.checkpoint_folder import latest_checkpoint, read_trainer_state
 from rollout.config import DraftConfig
@@ -53,7 +54,8 @@ def serve(folder: RunFolder) -> None:
     start_step, position = where_to_start(folder)
     prompts = PromptFile(folder.train_prompts, config.seed, config.data.shuffle)
     evals = read_evaluation(folder) if config.eval.every > 0 else []
-    broker = Broker(broker_config(folder, start_step), prompts, evals, FileSink(folder), position)
+    recorder = RolloutWriter(folder.rollouts_file, len(prompts)) if config.draft.record else None
+    broker = Broker(broker_config(folder, start_step), prompts, evals, FileSink(folder), position, recorder=recorder)
     record = BusRecord(address=broker.address, run_id=folder.record().run_id)
     write_atomically(folder.bus_file, msgspec.json.encode(record))
     logger.info("listening on %s, from step %d, %d prompts", broker.address, start_step, len(prompts))

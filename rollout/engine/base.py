@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from databus.codec import Array
 from databus.messages import Manifest, Sampling
 
@@ -34,6 +36,8 @@ class GenerateRequest:
     problem, to draft from, as (oldest policy version in it, int32 [t] token ids), newest last. Completions that this
     engine generated itself may be among them; history_ids has an identity for each (`databus.history.completion_id`),
     by which it can tell. Neither changes what is sampled.
+    first_sample: place in the group of the first completion asked for, where a group is asked for in parts. prefix:
+    tokens that the completions begin with already; they are not part of what is returned, nor of `max_tokens`.
     """
 
     group_id: str
@@ -43,6 +47,8 @@ class GenerateRequest:
     problem: int = 0
     history: tuple[tuple[int, Array], ...] = ()
     history_ids: tuple[int, ...] = ()
+    first_sample: int = 0
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +57,19 @@ class Completion:
 
     token_ids: int32 [t]. logprobs: float32 [t], of the distribution sampled from, after the temperature (greedy: of
     the model's own). versions: int32 [t], the policy version that sampled each token. truncated: it ended for want
-    of room, not with an end token.
+    of room, not with an end token. loss_mask: uint8 [t], 0 for tokens that were forced, not sampled: their logprob is
+    0 and their version the one served then; None: all were sampled.
     """
 
     token_ids: Array
     logprobs: Array
     versions: Array
     truncated: bool
+    loss_mask: Array | None = None
+
+    def sampled(self) -> Array:
+        """uint8 [t]: 1 where a token was sampled, 0 where it was forced."""
+        return np.ones(len(self.token_ids), np.uint8) if self.loss_mask is None else self.loss_mask
 
 
 @dataclass(frozen=True, kw_only=True)

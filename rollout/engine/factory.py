@@ -11,7 +11,12 @@ def make_engine(config: RolloutConfig, model: str, seed: int, version: int) -> E
 
     model: a folder or hub id. version: the policy version of the weights that lie there.
     """
-    return ENGINES[config.engine](config, model, seed, version)
+    engine = ENGINES[config.engine](config, model, seed, version)
+    if config.reasoning.thinking_tokens == 0:
+        return engine
+    from rollout.engine.reasoning import ReasoningEngine
+
+    return ReasoningEngine(engine, config, model)
 
 
 def _small(config: RolloutConfig, model: str, seed: int, version: int) -> Engine:
