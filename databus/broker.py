@@ -34,7 +34,7 @@ from databus.messages import (
     Welcome,
 )
 from databus.peers import Peer, may_send
-from databus.prompts import GroupFilter, MetricsSink, Prompt, PromptSource
+from databus.prompts import GroupFilter, GroupRecorder, MetricsSink, Prompt, PromptSource
 from databus.run_state import LearnerLost, RunFailed, new_state
 from databus.scheduling import Placement, Scheduler
 from databus.step_desk import StepDesk
@@ -61,6 +61,7 @@ class Broker:
         filters: Sequence[GroupFilter] = (),
         scheduler: Scheduler | None = None,
         placement: Placement | None = None,
+        recorder: GroupRecorder | None = None,
     ) -> None:
         """Binds the socket. Raises: ValueError, one line, where it cannot listen on `config.address`."""
         self._socket = BrokerSocket(config.address, config.bus.max_message_bytes)
@@ -70,7 +71,7 @@ class Broker:
         self._state = new_state(
             config, prompts, evals, filters, self._socket.send, position, scheduler=scheduler, placement=placement
         )
-        self._leases = LeaseDesk(self._state)
+        self._leases = LeaseDesk(self._state, recorder)
         self._steps = StepDesk(self._state, sink)
         self._phase = "starting"
         self._error = ""

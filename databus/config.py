@@ -31,8 +31,23 @@ class BusConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_message_bytes: PositiveInt = 1 << 28
 
 
+class HistoryConfig(Struct, frozen=True, kw_only=True):
+    """How much the broker remembers of earlier completions, to send it with leases (`databus.history`).
+
+    tokens: of one problem. window_versions: completions sampled more than so many policy versions before the newest
+    one are forgotten. total_tokens: of all problems together; beyond, the least recently used are forgotten.
+    """
+
+    tokens: int
+    window_versions: int
+    total_tokens: int
+
+
 class BrokerConfig(Struct, frozen=True, kw_only=True):
-    """What the broker needs of a run; `echelon` derives it from the run's configuration."""
+    """What the broker needs of a run; `echelon` derives it from the run's configuration.
+
+    history: None sends none.
+    """
 
     run_id: str
     address: str
@@ -53,3 +68,4 @@ class BrokerConfig(Struct, frozen=True, kw_only=True):
     config_json: bytes = b""
     run_dir: str = ""
     max_filtered: int = 1000
+    history: HistoryConfig | None = None

@@ -10,11 +10,13 @@ from databus.batches import Waiting
 from databus.codec import Frame, MalformedMessage, decode_columns
 from databus.evaluation import is_evaluation
 from databus.groups import Group, group_from_columns
+from databus.history import CompletionHistory, encode_history, problem_key
 from databus.leases import Held
 from databus.ledger import Entry
 from databus.messages import (
     Ack,
     Cancel,
+    Column,
     Completed,
     Failed,
     Lease,
@@ -24,7 +26,7 @@ from databus.messages import (
     VersionApplied,
 )
 from databus.peers import Peer
-from databus.prompts import Prompt
+from databus.prompts import GroupRecorder, Prompt
 from databus.run_state import RunFailed, RunState
 from databus.scheduling import Load
 
@@ -34,8 +36,11 @@ logger = logging.getLogger(__name__)
 class LeaseDesk:
     """Gives leases to workers and takes what comes of them."""
 
-    def __init__(self, state: RunState) -> None:
+    def __init__(self, state: RunState, recorder: GroupRecorder | None = None) -> None:
         self._state = state
+        self._recorder = recorder
+        history = state.config.history
+        self._history = None if history is None else CompletionHistory(history)
         self._reward_failures = 0
         self._filtered = 0
 
@@ -97,6 +102,8 @@ class LeaseDesk:
             worker.received_tokens = worker.beat.generated_tokens
         state.leases.add(entry.group_id, worker.name, prompt, time.monotonic(), predicted * state.config.group_size)
         worker.leases_sent += 1
+        key = self._key_of(prompt)
+        columns, frames = self._past_of(key)
         lease = Lease(
             group_id=entry.group_id,
             cursor=entry.cursor,
@@ -109,8 +116,20 @@ class LeaseDesk:
             sampling=sampling,
             lease_s=state.config.bus.lease_s,
             predicted_tokens=predicted,
+            problem_key=key,
+            history=columns,
         )
-        state.send(worker.name, lease)
+        state.send(worker.name, lease, frames)
+
+    def _key_of(self, prompt: Prompt) -> int:
+        """0 where nobody drafts."""
+        return 0 if self._history is None else problem_key(prompt.prompt_ids)
+
+    def _past_of(self, key: int) -> tuple[tuple[Column, ...], list[Frame]]:
+        """Earlier completions of a problem."""
+        if self._history is None:
+            return (), []
+        return encode_history(self._history.of(key, self._state.newest or 0))
 
     def _lease_evaluation(self, worker: Peer) -> None:
         state = self._state
@@ -133,6 +152,7 @@ class LeaseDesk:
                 group_size=1,
                 sampling=sampling,
                 lease_s=state.config.bus.lease_s,
+                problem_key=self._key_of(prompt),
             )
             state.send(worker.name, lease)
 
@@ -179,9 +199,17 @@ class LeaseDesk:
         state.metrics.completed(group)
         if state.scheduler is not None:
             state.scheduler.completed(entry.cursor, group)
+        self._remember(entry, held.prompt, group)
         state.touch()
         self._keep_or_settle(Waiting(entry, group, message.reward_names, held.prompt.prompt))
         return True
+
+    def _remember(self, entry: Entry, prompt: Prompt, group: Group) -> None:
+        """Whatever becomes of the group, drafts can be made from it."""
+        if self._history is not None:
+            self._history.add(self._key_of(prompt), entry.group_id, group)
+        if self._recorder is not None:
+            self._recorder.record(entry.cursor, entry.group_id, group)
 
     def _keep_or_settle(self, waiting: Waiting) -> None:
         state = self._state

@@ -189,7 +189,9 @@ class Lease(Struct, frozen=True, kw_only=True, tag=True):
 
     `problem` is the data set's row as JSON, for the reward function. `prompt_ids` are token ids of
     the prompt. `predicted_tokens` is the expected completion length (0: unknown). The lease
-    returns to the broker `lease_s` seconds after it was sent.
+    returns to the broker `lease_s` seconds after it was sent. `problem_key` is a hash of the prompt
+    (0: not reckoned). `history` describes the frames that follow: earlier completions of the same
+    problem, columns as `databus.history.HISTORY_COLUMNS`; none with an evaluation.
     """
 
     group_id: str
@@ -203,6 +205,8 @@ class Lease(Struct, frozen=True, kw_only=True, tag=True):
     sampling: Sampling
     lease_s: float
     predicted_tokens: int = 0
+    problem_key: int = 0
+    history: tuple[Column, ...] = ()
 
 
 class Cancel(Struct, frozen=True, kw_only=True, tag=True):

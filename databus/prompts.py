@@ -1,4 +1,4 @@
-"""What the broker is composed with: where prompts come from, what keeps a group out, where figures go."""
+"""What the broker is composed with: where prompts come from, what keeps a group out, where figures and groups go."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -23,6 +23,12 @@ class PromptSource(Protocol):
 class GroupFilter(Protocol):
     def keep(self, group: Group) -> bool:
         """False for a group that is not worth training on; another prompt takes its place."""
+        ...
+
+
+class GroupRecorder(Protocol):
+    def record(self, cursor: int, group_id: str, group: Group) -> None:
+        """Take a completed training group, whatever becomes of it; groups come in the order of their completion."""
         ...
 
 

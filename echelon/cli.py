@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from echelon.packages import package_root
 
         package_root()
-        return importlib.import_module(f"echelon.commands.{args.command}").execute(args)
+        return importlib.import_module(f"echelon.commands.{args.command.replace('-', '_')}").execute(args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `echelon watch RUN | head`
@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_worker(commands)
     _add_watch(commands)
     _add_export(commands)
+    _add_bench_draft(commands)
     return parser
 
 
@@ -98,6 +99,24 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("out", metavar="OUT", help="a folder that is empty or does not exist")
     export.add_argument("--step", type=int, help="the checkpoint of this step (default: the last one)")
+
+
+def _add_bench_draft(commands: "argparse._SubParsersAction[Parser]") -> None:
+    bench = commands.add_parser(
+        "bench-draft", help="replay a run's completions through the drafter (draft.record=true)"
+    )
+    bench.add_argument("run_dir", metavar="RUN_DIR")
+    policies = ("logarithmic", "marginal")
+    bench.add_argument(
+        "--policy", choices=policies, default=policies[0], help="marginal fits its latencies to the replay's own"
+    )
+    bench.add_argument("--max-tokens", type=_draft_tokens, help="most tokens of a draft (default: the run's)")
+
+
+def _draft_tokens(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 64, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

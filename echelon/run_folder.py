@@ -1,7 +1,7 @@
 """The folder of a run: every path in it, its lock, and whether a run may use it.
 
 config.json  recipe.py  run.json  lock  bus.json  prompts/  tokenizer/
-checkpoints/  metrics.jsonl  samples.jsonl  logs/
+checkpoints/  metrics.jsonl  samples.jsonl  rollouts.bin  logs/
 """
 
 import fcntl
@@ -55,6 +55,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples_file = self.path / "samples.jsonl"
+        self.rollouts_file = self.path / "rollouts.bin"
         self.logs = self.path / "logs"
 
     def log_file(self, role: str) -> Path:
@@ -133,6 +134,8 @@ class RunFolder:
         if record is None:
             record = RunRecord(run_id=f"{recipe.name}-{secrets.token_hex(4)}", recipe=recipe.name)
         self.bus_file.unlink(missing_ok=True)
+        if not resume:
+            self.rollouts_file.unlink(missing_ok=True)
         shutil.rmtree(self.prompts, ignore_errors=True)
         for folder in (self.prompts, self.checkpoints, self.logs):
             folder.mkdir(exist_ok=True)

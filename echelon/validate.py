@@ -6,6 +6,7 @@ from pathlib import Path
 
 from echelon.config import RunConfig
 from rollout.config import NoCurriculum, PassRateBand
+from rollout.engine.reasoning import check_budgets
 from rollout.scheduling.mixer import check_shares
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -15,7 +16,15 @@ CAUSAL_LM_FILE = "config.json"
 
 def validate(config: RunConfig) -> None:
     """Raises: ValueError, in one line naming the settings to change, for the first thing that cannot work."""
-    checks = (_check_lengths, _check_groups, _check_evaluation, _check_learner, _check_bus, _check_scheduling)
+    checks = (
+        _check_lengths,
+        _check_reasoning,
+        _check_groups,
+        _check_evaluation,
+        _check_learner,
+        _check_bus,
+        _check_scheduling,
+    )
     for check in checks:
         check(config)
 
@@ -37,6 +46,18 @@ def _check_lengths(config: RunConfig) -> None:
                 f"{key} is {tokens}, but prompt and answer share rollout.context_tokens, {context}: "
                 "lower the one or raise the other"
             )
+
+
+def _check_reasoning(config: RunConfig) -> None:
+    """The end of thinking takes one token or more; `prepare`, which has the tokenizer, counts them."""
+    check_reasoning(config, tag_tokens=1)
+
+
+def check_reasoning(config: RunConfig, tag_tokens: int) -> None:
+    """Raises: ValueError, in one line, where answers have no room for the budgets of thinking and solution."""
+    for key, tokens in (("rollout.max_tokens", config.rollout.max_tokens), ("eval.max_tokens", config.eval.max_tokens)):
+        if tokens > 0:
+            check_budgets(config.rollout.reasoning, tag_tokens, key, tokens)
 
 
 def _check_groups(config: RunConfig) -> None:

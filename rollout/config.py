@@ -8,6 +8,19 @@ PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 
 
+class ReasoningConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Separate budgets for thinking and for the solution (Elastic Reasoning, arXiv:2505.05315).
+
+    thinking_tokens: where thinking has not ended by then, `end` is forced; 0: no budgets, only `max_tokens`.
+    solution_tokens: what the solution may take after `end`, however long the thinking was.
+    end: text that ends the thinking.
+    """
+
+    thinking_tokens: Annotated[int, Meta(ge=0)] = 0
+    solution_tokens: PositiveInt = 512
+    end: Annotated[str, Meta(min_length=1)] = "</think>"
+
+
 class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Rollout workers and their engines.
 
@@ -22,6 +35,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         the importance ratio between the sampled and the trained distribution.
     gpu_memory_fraction: share of a GPU that vLLM may take. kv_cache_gib: KV cache of a CPU engine.
     enforce_eager: skip vLLM's graph capture and compilation (faster start, slower steps).
+    reasoning: budgets within `max_tokens`, which must have room for thinking, its end and the solution.
     """
 
     workers: PositiveInt = 1
@@ -37,6 +51,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     kv_cache_gib: PositiveInt = 1
     enforce_eager: bool = True
     start_timeout_s: PositiveFloat = 600.0
+    reasoning: ReasoningConfig = ReasoningConfig()
 
 
 class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,6 +64,7 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     window_versions: completions sampled more than so many policy versions ago are forgotten.
     history_tokens: newest completions of a problem that travel with its lease, at most so many tokens.
     index_tokens: tokens that an engine's trees hold, all problems together; beyond, the least recently used go.
+    record: keep every completed group in RUN_DIR/rollouts.bin, for `echelon bench-draft`; whatever the policy is.
     """
 
     policy: Literal["off", "marginal", "logarithmic"] = "off"
@@ -56,6 +72,7 @@ class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     window_versions: PositiveInt = 16
     history_tokens: Annotated[int, Meta(ge=0)] = 8192
     index_tokens: Annotated[int, Meta(ge=1024)] = 4_000_000
+    record: bool = False
 
 
 class NoCurriculum(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="none"):

@@ -33,7 +33,7 @@ def make_group(
     parts: Sequence[dict[str, float]],
     names: Sequence[str],
 ) -> Group:
-    """Columns as `databus.groups.GROUP_COLUMNS`; every token of a completion bears loss."""
+    """Columns as `databus.groups.GROUP_COLUMNS`; tokens bear loss unless they were forced."""
     lengths = np.array([len(completion.token_ids) for completion in completions], np.int32)
     versions = np.concatenate([completion.versions for completion in completions])
     logprobs = np.concatenate([completion.logprobs for completion in completions])
@@ -44,7 +44,7 @@ def make_group(
         lengths=lengths,
         token_ids=np.concatenate([completion.token_ids for completion in completions]),
         logprobs=np.minimum(logprobs, np.float32(0.0)),  # rounding may leave a certain token a hair above 0
-        loss_mask=np.ones(int(lengths.sum()), np.uint8),
+        loss_mask=np.concatenate([completion.sampled() for completion in completions]),
         version_values=version_values,
         version_lengths=version_lengths,
         rewards=np.array([sum(each.values()) for each in parts], np.float32),

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from msgspec import Struct
@@ -16,6 +16,7 @@ from rewards.errors import RewardError
 from rewards.sample import Sample
 from rollout.engine.base import Completion, Engine, EngineDead, EngineError, GenerateRequest
 from rollout.groups_out import encode_group
+from rollout.history_in import HistoryReader
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +39,16 @@ class LeaseWork:
     engine: Engine
     scorer: Scorer
     detokenize: Detokenize
+    history: HistoryReader = field(default_factory=HistoryReader)
 
-    async def run(self, lease: Lease, generated: Callable[[], None]) -> Outcome:
+    async def run(self, lease: Lease, generated: Callable[[], None], frames: Sequence[Frame] = ()) -> Outcome:
         """`Completed`, `Failed`, or `Released` where the lease's time has run out. Raises: EngineDead.
 
-        Args: generated: called when the engine has room again, scored or not.
+        Args: generated: called when the engine has room again, scored or not. frames: the lease's, of its history.
         """
         try:
             async with asyncio.timeout(lease.lease_s):
-                return await self._complete(lease, generated)
+                return await self._complete(lease, generated, frames)
         except TimeoutError:
             logger.warning("group %s took longer than its lease of %g s", lease.group_id, lease.lease_s)
             return Released(group_ids=(lease.group_id,)), ()
@@ -57,8 +59,9 @@ class LeaseWork:
         except RewardError as error:
             return Failed(group_id=lease.group_id, cause="reward", error=str(error)), ()
 
-    async def _complete(self, lease: Lease, generated: Callable[[], None]) -> Outcome:
+    async def _complete(self, lease: Lease, generated: Callable[[], None], frames: Sequence[Frame]) -> Outcome:
         started = time.monotonic()
+        past = self.history.read(lease, frames)
         try:
             completions = await self.engine.generate(
                 GenerateRequest(
@@ -67,6 +70,9 @@ class LeaseWork:
                     group_size=lease.group_size,
                     sampling=lease.sampling,
                     predicted_tokens=lease.predicted_tokens,
+                    problem=lease.problem_key,
+                    history=tuple((each.version, each.token_ids) for each in past),
+                    history_ids=tuple(each.identity for each in past),
                 )
             )
         finally:

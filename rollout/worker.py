@@ -122,12 +122,12 @@ class Worker:
     async def _listen(self) -> None:
         while True:
             arrived = await self._bus.recv_async()
-            self._handle(arrived.message)
+            self._handle(arrived.message, arrived.frames)
 
-    def _handle(self, message: Struct) -> None:
+    def _handle(self, message: Struct, frames: Sequence[Frame]) -> None:
         match message:
             case Lease():
-                self._take(message)
+                self._take(message, frames)
             case Cancel(group_ids=group_ids):
                 for group_id in group_ids:
                     self._drop(group_id)
@@ -149,16 +149,16 @@ class Worker:
 
     # ------------------------------------------------------------ leases
 
-    def _take(self, lease: Lease) -> None:
+    def _take(self, lease: Lease, frames: Sequence[Frame]) -> None:
         if lease.group_id in self._running or lease.group_id in self._unsettled:
             return  # a copy
         if lease.purpose == "train":
             self._in_engine.add(lease.group_id)
-        self._running[lease.group_id] = task = asyncio.ensure_future(self._answer(lease))
+        self._running[lease.group_id] = task = asyncio.ensure_future(self._answer(lease, frames))
         task.add_done_callback(lambda done: self._done(lease.group_id, done))
 
-    async def _answer(self, lease: Lease) -> None:
-        outcome = await self._work.run(lease, generated=lambda: self._free(lease.group_id))
+    async def _answer(self, lease: Lease, frames: Sequence[Frame]) -> None:
+        outcome = await self._work.run(lease, generated=lambda: self._free(lease.group_id), frames=frames)
         async with self._versions.steady():
             self._send(lease.group_id, outcome)
 

@@ -10,7 +10,7 @@ import msgspec
 
 from databus.address import resolve_address
 from databus.broker import Broker
-from databus.config import BrokerConfig
+from databus.config import BrokerConfig, HistoryConfig
 from databus.messages import Position
 from databus.prompts import Prompt, SampledGroup
 from databus.run_state import LearnerLost
@@ -19,8 +19,10 @@ from echelon.errors import SIGTERM_CODE, FollowsAnother, role_main
 from echelon.files import write_atomically
 from echelon.metrics import RowWriter, sample_rows
 from echelon.prompt_files import PromptFile, ScheduledPrompts
+from echelon.rollout_record import RolloutWriter
 from echelon.run_folder import BusRecord, RunFolder
 from learner.checkpoint_folder import latest_checkpoint, read_trainer_state
+from rollout.config import DraftConfig
 from rollout.scheduling.filters import ZeroVarianceFilter
 from rollout.scheduling.placement import LeastRemaining
 from rollout.scheduling.scheduler import DifficultyScheduler
@@ -66,6 +68,7 @@ def serve(folder: RunFolder) -> None:
         filters=[ZeroVarianceFilter()] if config.scheduling.drop_zero_variance else [],
         scheduler=scheduler,
         placement=LeastRemaining(),
+        recorder=RolloutWriter(folder.rollouts_file, len(prompts)) if config.draft.record else None,
     )
     record = BusRecord(address=broker.address, run_id=folder.record().run_id)
     write_atomically(folder.bus_file, msgspec.json.encode(record))
@@ -130,6 +133,16 @@ def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
         config_json=folder.config_file.read_bytes(),
         run_dir=str(folder.path),
         max_filtered=config.scheduling.max_filtered,
+        history=history_config(config.draft),
+    )
+
+
+def history_config(draft: DraftConfig) -> HistoryConfig | None:
+    """None where nobody drafts."""
+    if draft.policy == "off":
+        return None
+    return HistoryConfig(
+        tokens=draft.history_tokens, window_versions=draft.window_versions, total_tokens=draft.index_tokens
     )
 
 

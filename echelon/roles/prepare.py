@@ -21,7 +21,9 @@ def prepare(folder: RunFolder) -> None:
     from echelon.hub import needs_hub, use_cache_if_offline
     from echelon.prompt_files import write_prompts
     from echelon.rows import load_rows
+    from echelon.validate import check_reasoning
     from rewards.resolve import load_reward
+    from rollout.engine.end_tag import end_tag
 
     config = folder.config()
     if needs_hub(config):
@@ -33,6 +35,8 @@ def prepare(folder: RunFolder) -> None:
     check_devices(config)
     vocab_size = check_model(config)
     tokenizer = load_tokenizer(config)
+    if config.rollout.reasoning.thinking_tokens > 0:
+        check_reasoning(config, len(end_tag(tokenizer, config.rollout.reasoning.end)))
     tokenizer.save_pretrained(folder.tokenizer)  # for those who show text and must stay light
     data = config.data
     sources = [("data.train", data.train, data.train_split, data.max_train, folder.train_prompts)]

@@ -97,6 +97,7 @@ class Drafter:
         slot = self._free.pop()
         self._running.ends[: len(end_tokens)] = end_tokens[:MAX_ENDS]
         self._begin(slot, found, group, max_tokens, predicted_tokens)
+        self._go_on_from(slot, found, self._index.checked(prompt_ids))
         return slot
 
     def remove(self, slot: int) -> None:
@@ -202,6 +203,18 @@ class Drafter:
         self._index.grew(problem, 1)
         self._match_common(slot, problem)
         self._weigh(members, joined)
+
+    def _go_on_from(self, slot: int, problem: Problem, prompt: Array) -> None:
+        """A request whose prompt is the problem's and more goes on with a text that was begun elsewhere."""
+        begun = prompt[len(problem.prompt) :]
+        if not len(begun) or not np.array_equal(prompt[: len(problem.prompt)], problem.prompt):
+            return
+        running = self._running
+        running.text[slot, : len(begun)] = begun
+        running.text_length[slot] = self._counted_up_to[slot] = len(begun)
+        cursor = self._index.write_running(problem, begun, int(running.writer[slot]))
+        running.last[slot], running.bound[slot], running.length[slot] = cursor
+        self._match_common(slot, problem)
 
     def _match_common(self, slot: int, problem: Problem) -> None:
         """Where the request's last tokens stand in the common automaton."""

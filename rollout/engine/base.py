@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from databus.codec import Array
 from databus.messages import Manifest, Sampling
 
@@ -36,6 +38,8 @@ class GenerateRequest:
     ids), newest last. Completions that this engine generated itself may be among them; history_ids has an identity for
     each (`databus.history.completion_id`), by which it can tell. predicted_tokens: expected length of a completion, by
     which an engine may choose what to begin first (0: unknown).
+    first_sample: place in the group of the first completion asked for, where a group is asked for in parts. prefix:
+    tokens that the completions begin with already; they are not part of what is returned, nor of `max_tokens`.
     """
 
     group_id: str
@@ -46,6 +50,8 @@ class GenerateRequest:
     history: tuple[tuple[int, Array], ...] = ()
     history_ids: tuple[int, ...] = ()
     predicted_tokens: int = 0
+    first_sample: int = 0
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +60,19 @@ class Completion:
 
     token_ids: int32 [t]. logprobs: float32 [t], of the distribution sampled from, after the temperature (greedy: of
     the model's own). versions: int32 [t], the policy version that sampled each token. truncated: it ended for want
-    of room, not with an end token.
+    of room, not with an end token. loss_mask: uint8 [t], 0 for tokens that were forced, not sampled: their logprob is
+    0 and their version the one served then; None: all were sampled.
     """
 
     token_ids: Array
     logprobs: Array
     versions: Array
     truncated: bool
+    loss_mask: Array | None = None
+
+    def sampled(self) -> Array:
+        """uint8 [t]: 1 where a token was sampled, 0 where it was forced."""
+        return np.ones(len(self.token_ids), np.uint8) if self.loss_mask is None else self.loss_mask
 
 
 @dataclass(frozen=True, kw_only=True)

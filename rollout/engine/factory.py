@@ -20,7 +20,12 @@ def make_engine(
 
     model: a folder or hub id. version: the policy version of the weights that lie there.
     """
-    return ENGINES[config.engine](config, model, seed, version, draft)
+    engine = ENGINES[config.engine](config, model, seed, version, draft)
+    if config.reasoning.thinking_tokens == 0:
+        return engine
+    from rollout.engine.reasoning import ReasoningEngine
+
+    return ReasoningEngine(engine, config, model)
 
 
 def _small(config: RolloutConfig, model: str, seed: int, version: int, draft: DraftConfig) -> Engine:

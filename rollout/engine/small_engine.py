@@ -62,8 +62,9 @@ class SmallEngine:
         self._thread.start()
 
     async def generate(self, request: GenerateRequest) -> list[Completion]:
-        if len(request.prompt_ids) >= self._config.context_tokens:
-            raise EngineError(f"prompt of {len(request.prompt_ids)} tokens, context of {self._config.context_tokens}")
+        given = len(request.prompt_ids) + len(request.prefix)
+        if given >= self._config.context_tokens:
+            raise EngineError(f"prompt of {given} tokens, context of {self._config.context_tokens}")
         future: Future[list[Completion]] = Future()
         group = RunningGroup(request, self._model, self._end_ids, self._seed, self._config.context_tokens)
         return await self._ask(lambda: self._groups.append((group, future)), future)

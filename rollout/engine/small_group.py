@@ -21,11 +21,12 @@ class RunningGroup:
     ) -> None:
         self.request = request
         self._model = model
-        self._limit = min(request.sampling.max_tokens, context_tokens - len(request.prompt_ids))
+        given = [*request.prompt_ids, *request.prefix]
+        self._limit = min(request.sampling.max_tokens, context_tokens - len(given))
         self._end_ids = end_ids
         self._noise_key = xxhash.xxh3_128_intdigest(f"{seed}/{request.group_id}".encode())
         self._cache: Any = None
-        self._input = torch.tensor([request.prompt_ids] * request.group_size, device=model.device)
+        self._input = torch.tensor([given] * request.group_size, device=model.device)
         self._tokens: list[Tensor] = []
         self._logprobs: list[Tensor] = []
         self._versions: list[int] = []
@@ -73,9 +74,10 @@ class RunningGroup:
 
     def _noise(self, vocabulary: int) -> Tensor:
         """Gumbel noise [G, V]: the largest of logits + noise is a sample of the softmax."""
-        position = len(self._tokens)
+        position = len(self.request.prefix) + len(self._tokens)
+        first = self.request.first_sample
         rows = []
-        for sample in range(self.request.group_size):
+        for sample in range(first, first + self.request.group_size):
             bits = np.random.Philox(key=self._noise_key, counter=[0, position, sample, 0])
             uniform = np.random.Generator(bits).random(vocabulary)
             rows.append(-np.log(-np.log(np.maximum(uniform, np.finfo(np.float64).tiny))))

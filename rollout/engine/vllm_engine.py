@@ -176,9 +176,10 @@ class VllmEngine:
             self._llm = AsyncLLM.from_engine_args(arguments)
 
     async def _complete(self, request: GenerateRequest, index: int) -> Completion:
-        room = self._config.context_tokens - len(request.prompt_ids)
+        given = len(request.prompt_ids) + len(request.prefix)
+        room = self._config.context_tokens - given
         if room < 1:
-            raise EngineError(f"prompt of {len(request.prompt_ids)} tokens, context of {self._config.context_tokens}")
+            raise EngineError(f"prompt of {given} tokens, context of {self._config.context_tokens}")
         sampling = self._sampling_type(
             max_tokens=min(request.sampling.max_tokens, room),
             temperature=request.sampling.temperature,
@@ -190,7 +191,8 @@ class VllmEngine:
         try:
             while True:
                 await self._open.wait()
-                output = await self._submit(request, f"{request.group_id}:s{index}", sampling, priority)
+                request_id = f"{request.group_id}:s{request.first_sample + index}"
+                output = await self._submit(request, request_id, sampling, priority)
                 if output.finish_reason != "abort":  # by `update`: it had no token yet
                     break
         finally:
@@ -206,14 +208,14 @@ class VllmEngine:
             problem=request.problem or problem_key(np.array(request.prompt_ids, np.int32)),
             group=group_key(request.group_id),
             predicted_tokens=request.predicted_tokens,
-            history=_encoded_history(request) if index == 0 else (),
+            history=_encoded_history(request) if index == 0 and not request.prefix else (),
             end_tokens=tuple(self._sampling_fields["stop_token_ids"]),
         )
         return facts.extra_arguments()
 
     async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any, priority: int) -> Any:
         # The salt keeps the prefix cache of one version apart from every other's.
-        prompt = self._tokens_input(list(request.prompt_ids), cache_salt=f"version {self._version}")
+        prompt = self._tokens_input([*request.prompt_ids, *request.prefix], cache_salt=f"version {self._version}")
         final: Any = None
         self._without_token.add(request_id)
         try:

@@ -38,7 +38,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_help() -> None:
     code, stdout, _ = echelon("--help")
     assert code == 0
-    assert all(f"    {command} " in stdout for command in ("run", "worker", "watch", "export"))
+    assert all(f"    {command} " in stdout for command in ("run", "worker", "watch", "export", "bench-draft"))
 
 
 def test_unknown_command_and_argument(recipe: Path) -> None:
@@ -46,6 +46,11 @@ def test_unknown_command_and_argument(recipe: Path) -> None:
     assert "required: COMMAND" in one_line()
     assert "unknown argument '--steps'" in one_line("run", recipe, "--steps", "3")
     assert "unknown argument 'x'" in one_line("watch", "a", "x")
+
+
+def test_bench_draft_takes_sensible_drafts() -> None:
+    assert "expected a whole number from 1 to 64, got '65'" in one_line("bench-draft", "x", "--max-tokens", "65")
+    assert "invalid choice: 'off'" in one_line("bench-draft", "x", "--policy", "off")
 
 
 def test_missing_recipe(tmp_path: Path) -> None:
@@ -66,7 +71,7 @@ def test_resume_needs_a_folder(recipe: Path) -> None:
     assert "--resume needs --run-dir" in one_line("run", recipe, "--resume")
 
 
-@pytest.mark.parametrize("command", [["watch"], ["worker", "--join"], ["export"]])
+@pytest.mark.parametrize("command", [["watch"], ["worker", "--join"], ["export"], ["bench-draft"]])
 def test_not_a_run_folder(command: list[str], tmp_path: Path) -> None:
     words = [*command, tmp_path, *([tmp_path / "out"] if command == ["export"] else [])]
     assert "is not a run's folder: it has no config.json" in one_line(*words)

@@ -184,3 +184,13 @@ def test_gpu_that_is_not_there(tmp_path: Path, tiny_model: Path, train: Path, mo
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "rollout.device is cuda, but torch sees no GPU" in error(tmp_path, tiny_model, train, "rollout.device=cuda")
+
+
+def test_budgets_are_counted_in_the_models_tokens(tmp_path: Path, tiny_model: Path, train: Path) -> None:
+    budgets = (
+        "rollout.reasoning.thinking_tokens=8",
+        "rollout.reasoning.solution_tokens=6",
+        "rollout.reasoning.end==;#",
+    )
+    says = error(tmp_path, tiny_model, train, *budgets)
+    assert "rollout.max_tokens is 16, but thinking (8), its end '=;#' (3) and the solution (6) take 17 tokens" in says

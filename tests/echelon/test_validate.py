@@ -29,6 +29,11 @@ def test_defaults_are_consistent() -> None:
     [
         (["rollout.max_tokens=2048"], ["rollout.max_tokens", "rollout.context_tokens"]),
         (["eval.max_tokens=4000"], ["eval.max_tokens", "rollout.context_tokens"]),
+        (["rollout.reasoning.thinking_tokens=600"], ["rollout.max_tokens", "rollout.reasoning.thinking_tokens"]),
+        (
+            ["rollout.reasoning.thinking_tokens=400", "eval.max_tokens=900"],
+            ["eval.max_tokens", "rollout.reasoning.thinking_tokens", "solution_tokens"],
+        ),
         (["rollout.max_sequences=4"], ["group_size", "rollout.max_sequences"]),
         (["eval.every=5"], ["eval.every", "data.eval"]),
         (["learner.betas=0.9,1.0"], ["learner.betas"]),

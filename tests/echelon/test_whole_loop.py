@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from echelon.metrics import REQUIRED
+from echelon.rollout_record import read_rollouts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -31,7 +32,7 @@ def echelon(*words: str | Path) -> subprocess.CompletedProcess[str]:
 def finished(write_recipe, start_run, tmp_path_factory: pytest.TempPathFactory):
     """A run of six steps that went well: (run, stdout)."""
     folder = tmp_path_factory.mktemp("finished")
-    run = start_run(write_recipe(folder), folder / "run", "learner.checkpoint_every=3")
+    run = start_run(write_recipe(folder), folder / "run", "learner.checkpoint_every=3", "draft.record=true")
     code, stdout, stderr = run.finish()
     assert (code, stderr) == (0, ""), run.logs()
     return run, stdout
@@ -74,6 +75,14 @@ def test_samples_are_kept(finished) -> None:
     samples = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == set(range(STEPS))
     assert all(sample["prompt"].endswith("=") and sample["token_ids"] for sample in samples)
+
+
+def test_rollouts_are_kept_where_that_is_asked_for(finished) -> None:
+    run, _ = finished
+    records = list(read_rollouts(run.folder / "rollouts.bin"))
+    assert len(records) >= STEPS * GROUPS
+    assert len({record.group_id for record in records}) == len(records)
+    assert all(len(record.completions()) == 4 and record.epoch == record.cursor // 45 for record in records)
 
 
 def test_output_is_plain_lines_and_a_table(finished) -> None:

@@ -1,7 +1,9 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from learner_script import make_groups
@@ -62,6 +64,33 @@ def test_gradient_does_not_depend_on_microbatches(microbatch_tokens: int, single
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_forced_tokens_bear_no_loss_whatever_their_logprob(single_rank: None, tiny_model: Path) -> None:
+    """The end of thinking that a worker forces is context for what follows, and nothing else."""
+    forced = completions_with_a_forced_token(logprob=0.0)
+    metrics, gradients = step_gradients(tiny_model, CONFIG, forced)
+    same, same_gradients = step_gradients(tiny_model, CONFIG, completions_with_a_forced_token(logprob=-7.5))
+    assert {**same, "learner/grad_norm": metrics["learner/grad_norm"]} == metrics
+    assert same["learner/grad_norm"] == metrics["learner/grad_norm"] > 0
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, same_gradients[name]), name
+    loss, expected = naive_gradients(tiny_model, forced)
+    assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-4)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
+    all_sampled = [replace(group, loss_mask=np.ones_like(group.loss_mask)) for group in forced]
+    assert step_gradients(tiny_model, CONFIG, all_sampled)[0]["loss/policy"] != metrics["loss/policy"]
+
+
+def completions_with_a_forced_token(logprob: float) -> list[Group]:
+    """Every second token of each completion was forced."""
+    groups: list[Group] = []
+    for group in make_groups(0):
+        mask = np.concatenate([np.arange(length) % 2 == 0 for length in group.lengths])
+        logprobs = np.where(mask, group.logprobs, np.float32(logprob)).astype(np.float32)
+        groups.append(replace(group, loss_mask=mask.astype(np.uint8), logprobs=logprobs))
+    return groups
 
 
 def test_groups_without_signal_change_nothing_but_the_count(single_rank: None, tiny_model: Path) -> None:

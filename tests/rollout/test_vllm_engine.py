@@ -15,10 +15,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from msgspec import structs
 
 from databus.messages import Sampling
-from rollout.config import RolloutConfig
+from rollout.config import ReasoningConfig, RolloutConfig
 from rollout.engine.base import Completion, EngineError, GenerateRequest, Snapshot, UpdateFailed, UpdateReport
+from rollout.engine.reasoning import ReasoningEngine
 from rollout.engine.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -199,6 +201,35 @@ def test_requests_without_a_token_begin_anew_after_an_update(
         count = int((completion.versions == version).sum())
         expected = reference(old, LONG_PROMPT, completion, 1.0)
         np.testing.assert_allclose(completion.logprobs[:count], expected[:count], atol=TOLERANCE)
+
+
+def test_budgets_of_thinking_and_solution(
+    served: Served, tiny_model: Path, reference: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def already_started() -> None: ...
+
+    budgets = ReasoningConfig(thinking_tokens=12, solution_tokens=20, end="=;")
+    monkeypatch.setattr(served.engine, "start", already_started)
+    budgeted = ReasoningEngine(served.engine, structs.replace(CONFIG, reasoning=budgets), str(tiny_model))
+
+    async def scenario() -> list[Completion]:
+        await budgeted.start()
+        return await budgeted.generate(request("thinking", size=32, tokens=100))
+
+    completions: list[Completion] = served.run(scenario())
+    masks = [completion.sampled().astype(bool) for completion in completions]
+    forced = [completion for completion, mask in zip(completions, masks, strict=True) if not mask.all()]
+    assert len(forced) > 4
+    assert any(completion.truncated for completion in completions)
+    assert len({tuple(completion.token_ids) for completion in completions}) > 16
+    for completion, mask in zip(completions, masks, strict=True):
+        expected = reference(served.weights, PROMPT, completion, 1.0)
+        np.testing.assert_allclose(completion.logprobs[mask], expected[mask], atol=TOLERANCE)
+        assert (completion.versions == served.engine.version).all()
+        assert len(completion.token_ids) <= 12 + 2 + 20
+        assert completion.truncated == (completion.token_ids[-1] != 2)
+        assert completion.token_ids[~mask].tolist() in ([], [15], [14, 15])
+        assert mask[:12].all()
 
 
 def serves_what_it_says(served: Served, reference: Callable, name: str) -> bool:
