@@ -111,6 +111,9 @@ def _with_speculation(arguments: Any, speculation: dict[str, Any]) -> Any:
 
 async def serve(variant: str, model: Path) -> None:
     """A job a line on stdin, its figures a line on stdout."""
+    from databus.process import die_with_parent
+
+    die_with_parent()  # stopped as it is most of the time, it would not see its input end
     rollouts = Rollouts(variant, model)
     await rollouts.start()
     print("ready", flush=True)

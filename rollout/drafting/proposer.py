@@ -65,6 +65,10 @@ class Proposer:
         # a draft of its end, it drafts token 0 for the whole batch instead of asking.
         runner.effective_drafter_max_model_len = self._context_tokens + self._longest_draft
         self._make_drafter(setup.version)
+        try:
+            _exercise(self._new_drafter(2))
+        except Exception as error:
+            self._fail(error)
 
     def set_version(self, version: int) -> None:
         """The policy version that samples from now on."""
@@ -122,17 +126,20 @@ class Proposer:
         return proposed if batch.seated is None else _spread(proposed, batch.seated, len(ids))
 
     def _make_drafter(self, version: int) -> None:
-        module, _, name = self._setup.drafter.rpartition(".")
-        make: Callable[..., Drafter] = getattr(importlib.import_module(module), name)
-        drafter = make(
-            self._setup.config,
-            max_sequences=self._max_sequences,
-            vocab_size=self._vocab_size,
-            context_tokens=self._context_tokens,
-        )
+        drafter = self._new_drafter(self._max_sequences)
         drafter.set_version(version)
         self._batch = Batch(drafter, self._max_sequences, self._context_tokens, self._vocab_size)
         self._drafter = drafter
+
+    def _new_drafter(self, max_sequences: int) -> Drafter:
+        module, _, name = self._setup.drafter.rpartition(".")
+        make: Callable[..., Drafter] = getattr(importlib.import_module(module), name)
+        return make(
+            self._setup.config,
+            max_sequences=max_sequences,
+            vocab_size=self._vocab_size,
+            context_tokens=self._context_tokens,
+        )
 
     def _publish(self) -> None:
         assert self._drafter is not None
@@ -152,6 +159,18 @@ class Proposer:
         self._earlier = self._totals | {"index_tokens": 0.0, "index_bytes": 0.0}
         self._totals = self._totals | {"failures": float(self._failures)}
         self._page.write(self._totals)
+
+
+def _exercise(drafter: Drafter) -> None:
+    """Use a drafter that is not needed: what it compiles is there, then, before a rollout waits for it."""
+    text = np.zeros(4, np.int32)
+    history = [(0, 0, np.frombuffer(text.tobytes(), "<i4"))]
+    slot = drafter.add(problem=1, prompt_ids=text, history=history, predicted_tokens=0, group=0, max_tokens=16)
+    for tokens in (text[:1], text[:2]):
+        counts = np.array([len(tokens)], np.int32)
+        drafter.propose(np.array([slot], np.int32), tokens, counts, decode_only=True, num_scheduled_tokens=1)
+    drafter.remove(slot)
+    drafter.counters()
 
 
 def _flat(sampled: list[list[int]]) -> tuple[Array, Array]:

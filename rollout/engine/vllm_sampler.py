@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
-KERNEL = "vllm.v1.sample.rejection_sampler.expand_kernel"
-
 
 def mend_sampler() -> bool:
-    """Replace the defective kernel in this process, the one that samples; needs to come after vLLM chose its kernels.
+    """Replace the defective kernel in this process, the one that samples, once vLLM has chosen its kernels.
+
+    What is replaced lies inside of vLLM's stand-in for the kernel, to which all its users refer. Registering another
+    kernel would have vLLM look for those again, and fail at what some modules hold, numba's among them.
 
     Returns: whether there was something to mend: False with CUDA or Triton, in a mended vLLM, or when called again.
     Raises: RuntimeError where the sampler is wrong in a way that this does not mend.
     """
-    from vllm.triton_utils import dispatcher
+    from vllm.triton_utils.dispatcher import KernelOverride
+    from vllm.v1.sample.rejection_sampler import expand_kernel
 
-    replaced = dispatcher._registry.get(KERNEL)
-    if replaced is None or _fills(replaced[1]):
+    if not isinstance(expand_kernel, KernelOverride) or _fills(expand_kernel._impl):
         return False
-    del dispatcher._registry[KERNEL]  # or registering it again would be warned of
-    dispatcher.register_kernels({KERNEL: expand})
+    expand_kernel._impl = expand
     _check()
     return True
 

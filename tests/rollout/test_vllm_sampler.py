@@ -1,12 +1,15 @@
 """The sampler's mend against vLLM's own kernels; what it is for is proved in drafting/test_lossless.py."""
 
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from rollout.engine.vllm_sampler import expand, mend_sampler, sample_plainly_without_drafts
+from rollout.engine.vllm_sampler import expand, sample_plainly_without_drafts
 
 CUMULATIVE = torch.tensor([2, 2, 3], dtype=torch.int32)
 
@@ -22,25 +25,32 @@ def test_without_drafts_nothing_is_written() -> None:
     expand(torch.empty(0), torch.tensor([0.5]), torch.tensor([0], dtype=torch.int32), 0, 1)
 
 
+MENDING = """
+import torch
+from vllm.platforms import current_platform
+assert current_platform.device_type == "cpu"
+current_platform.register_triton_kernel_overrides()
+import numba  # with it loaded, vLLM could not look for its kernels again
+from rollout.engine.vllm_sampler import mend_sampler
+from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+def temperatures():
+    given, counts = torch.tensor([0.25, 3.0, 0.0]), torch.tensor([2, 2, 3], dtype=torch.int32)
+    return expand_batch_to_tokens(given, counts, 3, replace_from=0, replace_to=1).tolist()
+
+torch.Tensor.new_empty = lambda self, size: self.new_full((size,), -1.0)
+assert temperatures() == [-1.0] * 3, temperatures()
+assert mend_sampler()
+assert temperatures() == [0.25, 0.25, 1.0], temperatures()
+assert not mend_sampler()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_vllms_kernel_is_defective_until_it_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.platforms import current_platform
-    from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
-
-    if current_platform.device_type != "cpu":
-        pytest.skip("CUDA has the kernel itself")
-
-    def temperatures() -> list[float]:
-        given = torch.tensor([0.25, 3.0, 0.0])
-        monkeypatch.setattr(given.__class__, "new_empty", lambda self, size: self.new_full((size,), -1.0))
-        return expand_batch_to_tokens(given, CUMULATIVE, 3, replace_from=0, replace_to=1).tolist()
-
-    current_platform.register_triton_kernel_overrides()
-    assert temperatures() == [-1.0] * 3
-    assert mend_sampler()
-    assert temperatures() == [0.25, 0.25, 1.0]
-    assert not mend_sampler()
+def test_vllms_kernel_is_defective_until_it_is_mended() -> None:
+    """In a process of its own: vLLM's kernels are chosen once for all."""
+    subprocess.run([sys.executable, "-c", MENDING], cwd=Path(__file__).parents[2], check=True, timeout=100)
 
 
 def test_steps_without_drafts_are_sampled_plainly() -> None:

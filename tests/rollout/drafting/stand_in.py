@@ -5,6 +5,7 @@ They live in the engine's own process, which imports them by name (`VllmEngine.s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -114,13 +115,12 @@ class DefectDrafter(PrefixDrafter):
     """Puts vLLM 0.32.0's own kernel back in place of the mended one."""
 
     def __init__(self, config: DraftConfig, *, max_sequences: int, vocab_size: int, context_tokens: int) -> None:
-        from vllm.triton_utils import dispatcher
         from vllm.utils.cpu_triton_utils import _expand_kernel_impl
-
-        from rollout.engine.vllm_sampler import KERNEL
+        from vllm.v1.sample import rejection_sampler
 
         super().__init__(config, max_sequences=max_sequences, vocab_size=vocab_size, context_tokens=context_tokens)
-        dispatcher.register_kernels({KERNEL: _expand_kernel_impl})
+        kernel: Any = rejection_sampler.expand_kernel
+        kernel._impl = _expand_kernel_impl
 
 
 class RaisingDrafter(PrefixDrafter):
