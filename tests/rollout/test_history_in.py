@@ -78,7 +78,7 @@ def tokens_of(past: Sequence[tuple[int, Any]]) -> set[tuple[int, ...]]:
 
 
 def test_a_worker_that_has_just_joined_gets_what_an_old_one_would(address: str, tiny_model: Path) -> None:
-    running = RunningBroker(broker_config(address, history=HISTORY, max_staleness=30), prompts=Prompts())
+    running = RunningBroker(broker_config(address, history=HISTORY, max_staleness=30, steps=30), prompts=Prompts())
     learner = ScriptedLearner(address)
     old, new = WatchedEngine(tiny_model), WatchedEngine(tiny_model)
     asyncio.run(work(old, address, "old", groups=7))

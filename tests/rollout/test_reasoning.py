@@ -128,7 +128,7 @@ def test_a_solution_longer_than_its_budget_is_cut_where_thinking_left_room() -> 
 
 def test_a_tag_of_one_token_is_found_by_its_id() -> None:
     completion, _ = scripted([7, 5, 8, 8], [9, END], tag=(5,))
-    assert completion.token_ids.tolist() == [7, 5, 8, 8, 9, END]
+    assert completion.token_ids.tolist() == [7, 5, 8, 8, 9], "of three tokens for the solution it had used two"
     completion, _ = scripted([7, 7, 8, 8], [9, END], tag=(5,))
     assert completion.token_ids.tolist() == [7, 7, 8, 8, 5, 9, END]
 
