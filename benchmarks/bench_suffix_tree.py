@@ -21,6 +21,8 @@ from arctic_inference.suffix_decoding._C import SuffixTree
 from common import Bar, hardware, write_result
 
 from databus.codec import Array
+from echelon.rollout_record import read_rollouts
+from echelon.run_folder import RunFolder
 from rollout.config import DraftConfig
 from rollout.drafting.drafter import Drafter
 from rollout.drafting.index import SuffixIndex, Text
@@ -81,11 +83,10 @@ def as_groups(rollouts: list[list[Array]], group_size: int) -> list[RolloutGroup
 
 
 def recorded_groups(run_dir: Path) -> list[RolloutGroup]:
-    from echelon.rollout_record import read_rollouts
-
+    """A real run's groups, in the order in which they were completed."""
     return [
-        RolloutGroup(each.problem, each.version, np.array(each.prompt_ids, np.int32), each.texts())
-        for each in read_rollouts(run_dir)
+        RolloutGroup(each.problem, each.newest_version(), each.prompt(), each.completions())
+        for each in read_rollouts(RunFolder(run_dir).rollouts_file)
     ]
 
 
@@ -198,7 +199,8 @@ def _their_step(past: list[list[Array]]) -> Callable[[list[Array]], Callable[[li
             suffix_decoding_max_cached_requests=10_000,
         )
         model = SimpleNamespace(max_model_len=1 << 16)
-        proposer: Any = SuffixDecodingProposer(SimpleNamespace(speculative_config=speculative, model_config=model))
+        config: Any = SimpleNamespace(speculative_config=speculative, model_config=model)
+        proposer: Any = SuffixDecodingProposer(config)
         for number, group in enumerate(past):
             for place, text in enumerate(group):
                 name = f"past {number} {place}"
