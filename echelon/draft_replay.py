@@ -169,7 +169,7 @@ class ArcticSpeculator:
 
     def begin(self, record: RolloutRecord) -> None:
         self._group = record.group_id
-        self._texts = {row: record.prompt() for row in range(len(record.completions()))}
+        self._texts = {row: record.prompt().copy() for row in range(len(record.completions()))}
         for row, prompt in self._texts.items():
             self._cache.start_request(self._name(row), prompt)
 

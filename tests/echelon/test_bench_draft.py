@@ -193,6 +193,7 @@ def test_tables(run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
         return made[-1]
 
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(bench_draft, "arctic_is_installed", lambda: False)
     assert bench_draft.execute(arguments(run_dir, max_tokens=3), make) == 0
     (drafter,) = made
     assert drafter.sizes == (3, 15, 77)
