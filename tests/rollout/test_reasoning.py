@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from databus.messages import Sampling
@@ -149,6 +149,7 @@ def test_a_tag_in_other_tokens_is_found_in_the_text() -> None:
 scripts = st.lists(st.sampled_from([5, 6, 7, END]), max_size=12)
 
 
+@settings(deadline=None)
 @given(scripts, scripts, st.integers(1, 8), st.integers(1, 8), st.sampled_from([(5,), (5, 6), (5, 5, 6)]), st.data())
 def test_no_budget_is_ever_exceeded(
     thinking: list[int], solution: list[int], budget: int, solution_budget: int, tag: tuple[int, ...], data: Any
