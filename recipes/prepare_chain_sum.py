@@ -147,7 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(".cache/chain_sum"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", type=float, default=0.42, help="greedy accuracy to stop at")
+    parser.add_argument("--target", type=float, default=0.36, help="greedy accuracy to stop at")
     parser.add_argument("--max-steps", type=int, default=800)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
