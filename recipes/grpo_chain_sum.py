@@ -18,10 +18,25 @@ from rollout.config import RolloutConfig
 TASK = Path(".cache/chain_sum")
 
 
-def chain_sum_reward(sample: Sample) -> float:
-    """1 where the text after the last `#` is the sum, else 0; a truncated answer is wrong."""
-    answer = sample.completion.rpartition("#")[2]
-    return float(not sample.truncated and answer == sample.problem["answer"])
+def chain_sum_reward(sample: Sample) -> dict[str, float]:
+    """1 for the right sum after the last `#`; a truncated answer is wrong. And up to 0.5 for steps worked right before
+    the first wrong one: long chains are hardly ever solved at first, and so still teach something.
+
+    A problem counts as solved from a reward of 1, that is, by its sum alone.
+    """
+    steps, _, answer = sample.completion.rpartition("#")
+    solved = not sample.truncated and answer == sample.problem["answer"]
+    return {"answer": float(solved), "steps": 0.5 * share_right(sample.problem["prompt"], steps.split(";"))}
+
+
+def share_right(prompt: str, steps: list[str]) -> float:
+    """Share of the chain's steps that are worked right, up to the first wrong one."""
+    total, *operands = map(int, prompt.rstrip("=").split("+"))
+    for done, (operand, step) in enumerate(zip(operands, steps, strict=False)):
+        if step != f"{total}+{operand}={total + operand}":
+            return done / len(operands)
+        total += operand
+    return min(len(steps), len(operands)) / len(operands)
 
 
 def recipe() -> RunConfig:

@@ -46,15 +46,26 @@ def test_chain_sum_problems_are_right_and_seeded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("completion", "truncated", "reward"),
-    [("3+5=8;#8", False, 1.0), ("#8", False, 1.0), ("3+5=8;#9", False, 0.0), ("8", False, 1.0), ("#8", True, 0.0)],
+    ("completion", "truncated", "answer", "steps"),
+    [
+        ("3+5=8;8+4=12;#12", False, 1.0, 0.5),
+        ("#12", False, 1.0, 0.0),
+        ("12", False, 1.0, 0.0),
+        ("3+5=8;8+4=13;#13", False, 0.0, 0.25),
+        ("3+5=9;8+4=12;#12", False, 1.0, 0.0),
+        ("3+5=8;8+4=12;12+1=13;#13", False, 0.0, 0.5),
+        ("3+5=8;8+4=12;#12", True, 0.0, 0.5),
+        ("3+5=8", True, 0.0, 0.0),  # cut: its step may not be whole
+        ("", False, 0.0, 0.0),
+    ],
 )
-def test_chain_sum_reward(completion: str, truncated: bool, reward: float) -> None:
+def test_chain_sum_reward(completion: str, truncated: bool, answer: float, steps: float) -> None:
     from rewards.sample import Sample
 
     recipe = load_script("grpo_chain_sum")
-    sample = Sample(prompt="3+5=", completion=completion, problem={"answer": "8"}, num_tokens=3, truncated=truncated)
-    assert recipe.chain_sum_reward(sample) == reward
+    problem = {"prompt": "3+5+4=", "answer": "12"}
+    sample = Sample(prompt="3+5+4=", completion=completion, problem=problem, num_tokens=3, truncated=truncated)
+    assert recipe.chain_sum_reward(sample) == {"answer": answer, "steps": steps}
 
 
 @pytest.mark.slow
