@@ -1,5 +1,6 @@
 """The command line from outside: exit codes and single lines."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,10 @@ def recipe(tmp_path: Path) -> Path:
 def test_help() -> None:
     code, stdout, _ = echelon("--help")
     assert code == 0
-    assert all(f"    {command} " in stdout for command in ("run", "worker", "watch", "export", "bench-draft"))
+    assert all(
+        re.search(rf"^    {command}\s", stdout, re.MULTILINE)
+        for command in ("run", "worker", "watch", "export", "bench-draft")
+    )
 
 
 def test_unknown_command_and_argument(recipe: Path) -> None:
