@@ -98,7 +98,16 @@ def test_updates_in_flight_switch_at_a_token(drafting: Drafting, enumerable: Any
             snapshot.close()
         await asyncio.gather(*lanes)
 
-    drafting.run(scenario())
+    async def put_back() -> None:
+        """The engine is the other tests' too."""
+        snapshot = make_snapshot(history[first], max(history) + 1)
+        await engine.update(snapshot)
+        snapshot.close()
+
+    try:
+        drafting.run(scenario())
+    finally:
+        drafting.run(put_back())
     mixed = 0
     for completion in finished:
         assert (np.diff(completion.versions) >= 0).all()
