@@ -1,6 +1,5 @@
 """The command line from outside: exit codes and single lines."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,15 +38,8 @@ def recipe(tmp_path: Path) -> Path:
 def test_help() -> None:
     code, stdout, _ = echelon("--help")
     assert code == 0
-<<<<<<< HEAD
     named = {line.split()[0] for line in stdout.splitlines() if line.startswith("    ") and line.strip()}
     assert {"run", "worker", "watch", "export", "bench-draft"} <= named
-=======
-    assert all(
-        re.search(rf"^    {command}\s", stdout, re.MULTILINE)
-        for command in ("run", "worker", "watch", "export", "bench-draft")
-    )
->>>>>>> from_c
 
 
 def test_unknown_command_and_argument(recipe: Path) -> None:
