@@ -13,6 +13,7 @@ About 5 minutes on two cores.
 
 import argparse
 import asyncio
+import os
 import random
 import runpy
 import statistics
@@ -237,6 +238,7 @@ def main() -> None:
     figures = {
         "slots": SLOTS,
         "group_size": GROUP_SIZE,
+        "load_average": os.getloadavg(),
         "latency": asdict(latency),
         "step_s": fitted,
         "scheduled": simulated,
