@@ -7,12 +7,13 @@ credit (how this trainer leased before: a group's place falls free when its last
 served with all requests handed to the engine at once; and scheduled, that is longest predicted first, with as many
 groups waiting in the engine as run (`rollout.ahead` 1). Predictions are the difficulty model's after one earlier epoch
 of other draws from the same problems; with true lengths in their place the figure is the oracle's. Makespans are
-simulated with a step latency fitted to real vLLM, then four batches are run on that engine with imposed lengths.
+simulated with a step latency fitted to real vLLM, then three batches are run on that engine with imposed lengths.
 About 5 minutes on two cores.
 """
 
 import argparse
 import asyncio
+import os
 import random
 import runpy
 import statistics
@@ -39,7 +40,7 @@ BATCHES = {"16 groups": 16, "32 groups": 32}
 NUM_PROBLEMS, PROMPT_TOKENS = 256, 16
 SEEDS = range(20)
 MAX_TOKENS = CONTEXT_TOKENS - PROMPT_TOKENS
-ENGINE_DISTRIBUTION, ENGINE_BATCH, ENGINE_SEEDS = "lognormal, like mathematics", "16 groups", range(4)
+ENGINE_DISTRIBUTION, ENGINE_BATCH, ENGINE_SEEDS = "lognormal, like mathematics", "16 groups", range(3)
 
 Sampler = Callable[[np.random.Generator], Array]
 
@@ -169,7 +170,7 @@ async def on_the_engine(model: Path) -> tuple[StepLatency, dict[str, float], lis
     engine = ImposedEngine(model, SLOTS, MAX_TOKENS)
     await engine.start()
     try:
-        latency, fitted = await engine.fit(repeats=3)
+        latency, fitted = await engine.fit(repeats=2)
         runs = [await measure(engine, latency, seed) for seed in ENGINE_SEEDS]
         return latency, fitted, runs
     finally:
@@ -237,6 +238,7 @@ def main() -> None:
     figures = {
         "slots": SLOTS,
         "group_size": GROUP_SIZE,
+        "load_average": os.getloadavg(),
         "latency": asdict(latency),
         "step_s": fitted,
         "scheduled": simulated,
