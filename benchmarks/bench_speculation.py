@@ -7,9 +7,9 @@ same ones in 4 epochs. `tail`: then the 4 longest problems alone, one sample eac
 uniform tokens, where drafting can win nothing. Peers are no drafting, and vLLM's `suffix` (arctic-inference, from the
 `bench` extra) and `ngram`, which get the mended sampler too: without it they sample something else.
 
-Every variant is an engine in a process of its own. They take turns, epoch by epoch, and the others are stopped
-(SIGSTOP) meanwhile. Repetitions take new problems, so that each begins without history. Ratios are of one epoch or
-round of a variant to the same one of a peer; medians of them. About 12 minutes on two cores.
+Every variant is an engine in a process of its own. They take turns, epoch by epoch; an engine that has had its turn
+is left alone until it no longer spins. Repetitions take new problems, so that each begins without history. Ratios are
+of one epoch or round of a variant to the same one of a peer; medians of them. About 12 minutes on two cores.
 """
 
 import argparse
@@ -34,6 +34,9 @@ sys.path.insert(0, str(ROOT))
 
 PROBLEMS, SAMPLES, EPOCHS, TAIL_ROUNDS = 64, 4, 4, 6
 TAIL_PROBLEMS = 4
+SETTLE_S = 1.5
+"""vLLM 0.32.0 waits for new work without sleeping, but for a second only. (Stopping it by a signal instead makes it
+lose wake-ups: the next step then takes five seconds.)"""
 MAX_TOKENS, RANDOM_TOKENS, RANDOM_VOCABULARY = 192, 96, 4096
 DRAFT_TOKENS = 16
 PEERS: dict[str, dict[str, Any]] = {
@@ -113,7 +116,7 @@ async def serve(variant: str, model: Path) -> None:
     """A job a line on stdin, its figures a line on stdout."""
     from databus.process import die_with_parent
 
-    die_with_parent()  # stopped as it is most of the time, it would not see its input end
+    die_with_parent()
     rollouts = Rollouts(variant, model)
     await rollouts.start()
     print("ready", flush=True)
@@ -128,7 +131,7 @@ async def serve(variant: str, model: Path) -> None:
 
 
 class Variant:
-    """A process that serves one variant; runs only while it is asked for something."""
+    """A process that serves one variant."""
 
     def __init__(self, name: str, model: Path) -> None:
         command = [sys.executable, __file__, "--serve", name, "--model", str(model)]
@@ -136,25 +139,20 @@ class Variant:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT
         )
         self._expect("ready")
-        self._signal(signal.SIGSTOP)
 
     def complete(self, prompts: list[list[int]], samples: int, max_tokens: int) -> dict[str, float]:
         assert self._process.stdin is not None
-        self._signal(signal.SIGCONT)
         job = {"prompts": prompts, "samples": samples, "max_tokens": max_tokens}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         figures = json.loads(self._expect("{"))
-        self._signal(signal.SIGSTOP)
+        time.sleep(SETTLE_S)
         return figures
 
     def end(self) -> None:
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-
-    def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _expect(self, start: str) -> str:
         assert self._process.stdout is not None
