@@ -85,7 +85,7 @@ def _print(
         console.print(_by_part(title, parts, rounds))
     if ARCTIC not in tallies:
         console.print(
-            "arctic-inference is not installed, so there is nothing to compare with: `pip install -e .[bench]`"
+            "arctic-inference is not installed, so there is nothing to compare with: `pip install -e .\\[bench]`"
         )
 
 
