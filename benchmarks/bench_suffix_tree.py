@@ -85,7 +85,9 @@ def as_groups(rollouts: list[list[Array]], group_size: int) -> list[RolloutGroup
 def recorded_groups(run_dir: Path) -> list[RolloutGroup]:
     """A real run's groups, in the order in which they were completed."""
     return [
-        RolloutGroup(each.problem, each.newest_version(), each.prompt(), each.completions())
+        RolloutGroup(
+            each.problem, each.newest_version(), each.prompt().copy(), [text.copy() for text in each.completions()]
+        )
         for each in read_rollouts(RunFolder(run_dir).rollouts_file)
     ]
 
