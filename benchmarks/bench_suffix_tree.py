@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-from arctic_inference.suffix_decoding import SuffixDecodingCache
-from arctic_inference.suffix_decoding._C import SuffixTree
+from arctic_inference.suffix_decoding import SuffixDecodingCache  # pyright: ignore[reportMissingImports]
+from arctic_inference.suffix_decoding._C import SuffixTree  # pyright: ignore[reportMissingImports]
 from common import Bar, hardware, write_result
 
 from databus.codec import Array
