@@ -16,7 +16,9 @@ from echelon.config import RunConfig
 from echelon.overrides import apply_overrides
 from echelon.settings import to_config
 from echelon.validate import validate
-from rewards.resolve import BUILT_IN, describe, split_reference
+from learner.checks import ADVANTAGE_SETTING, names_function
+from rewards.resolve import BUILT_IN, REWARD_SETTING, describe, split_reference
+from rollout.config import why_not_sampling
 
 RECIPE_FILE = "recipe.py"
 """The name of the recipe's copy in a run folder; a reward that it defines is referred to by that name."""
@@ -58,7 +60,8 @@ def _call_recipe(file: Path) -> Any:
     try:
         return function()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{file}: recipe() failed: {describe(error, file)}") from error
+        why = why_not_sampling(str(error))
+        raise ValueError(f"{file}: recipe() failed: {describe(error, file)}{why}") from error
 
 
 def _import(file: Path) -> ModuleType:
@@ -97,8 +100,16 @@ def _path_as_text(value: Any) -> str:
 def _with_absolute_paths(config: RunConfig, file: Path) -> RunConfig:
     """What exists on this disk is named absolutely: roles, workers and `echelon export` may start elsewhere."""
     data = msgspec.structs.replace(config.data, train=_absolute(config.data.train), eval=_absolute(config.data.eval))
-    reward = msgspec.structs.replace(config.reward, function=_reward_reference(config.reward.function, file))
-    return msgspec.structs.replace(config, model=_absolute(config.model), data=data, reward=reward)
+    reward = config.reward
+    if reward.function != BUILT_IN:
+        function = _function_reference(reward.function, file, REWARD_SETTING)
+        reward = msgspec.structs.replace(reward, function=function)
+    advantage = config.learner.advantage
+    if names_function(advantage.estimator):
+        estimator = _function_reference(advantage.estimator, file, ADVANTAGE_SETTING)
+        advantage = msgspec.structs.replace(advantage, estimator=estimator)
+    learner = msgspec.structs.replace(config.learner, advantage=advantage)
+    return msgspec.structs.replace(config, model=_absolute(config.model), data=data, reward=reward, learner=learner)
 
 
 def _absolute(text: str) -> str:
@@ -106,9 +117,7 @@ def _absolute(text: str) -> str:
     return str(path.resolve()) if text and path.exists() else text
 
 
-def _reward_reference(reference: str, recipe: Path) -> str:
+def _function_reference(reference: str, recipe: Path, setting: str) -> str:
     """The recipe's own functions are found in the run's copy of it, others where they lie beside the recipe."""
-    if reference == BUILT_IN:
-        return reference
-    path, name = split_reference(reference, recipe.parent)
+    path, name = split_reference(reference, recipe.parent, setting)
     return f"{RECIPE_FILE}:{name}" if path == recipe else f"{path}:{name}"

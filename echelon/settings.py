@@ -8,6 +8,7 @@ import msgspec
 from msgspec import inspect
 
 from echelon.config import RunConfig
+from rollout.config import why_not_sampling
 
 TAG = "type"
 """The key that says which variant of a section it is."""
@@ -132,7 +133,8 @@ def unknown_setting(name: str, given: str, settings: Settings) -> ValueError:
     nearest = _nearest(name, leaf, settings)
     hint = f"; did you mean {nearest}?" if nearest else ""
     where = f"{section} has" if section else "allowed are"
-    return ValueError(f"unknown setting {name!r} in {given!r}{hint} ({where}: {', '.join(siblings)})")
+    allowed = f" ({where}: {', '.join(siblings)})"
+    return ValueError(f"unknown setting {name!r} in {given!r}{why_not_sampling(leaf) or hint + allowed}")
 
 
 def names_in(section: str, settings: Settings) -> list[str]:

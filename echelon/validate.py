@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from echelon.config import RunConfig
+from learner.checks import check_learner
 from rollout.config import NoCurriculum, PassRateBand
 from rollout.engine.reasoning import check_budgets
 from rollout.scheduling.mixer import check_shares
@@ -76,9 +77,7 @@ def _check_evaluation(config: RunConfig) -> None:
 
 
 def _check_learner(config: RunConfig) -> None:
-    learner = config.learner
-    if not all(0 <= beta < 1 for beta in learner.betas):
-        raise ValueError(f"learner.betas is {list(learner.betas)}: both must be at least 0 and below 1")
+    check_learner(config.learner, config.batch_groups)
 
 
 def _check_bus(config: RunConfig) -> None:

@@ -10,18 +10,58 @@ PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 
 
-class LossConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Clipped policy-gradient loss with token-level truncated importance sampling; see `learner.losses`.
+class AdvantageConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """From rewards to advantages; see `learner.advantages` and docs/guide/losses.md.
 
-    proximal: what the clipped ratio is taken against. `current`: the learner's own log-probabilities before
-        the step; the truncated weight then corrects for lag and for engine mismatch. `sampled`: those of the
-        sampling policy, as in PPO; the clip then bounds the distance to it and the weight is 1.
+    estimator: `grpo`, `dr_grpo`, `rloo`, `reinforce++`, `reinforce++_baseline`, `lite_ppo`, `gdpo`, `none`, or
+        `PATH.py:FUNCTION`: a function of one `databus.groups.Group` that returns [G] or, a token each, [T] advantages.
+    mask_truncated: completions that ended for want of room bear no loss; their rewards still count in baselines.
+    overlong_tokens, overlong_cache_tokens: completions lose up to 1 of reward over the last `overlong_cache_tokens`
+        before `overlong_tokens` (DAPO's overlong shaping); 0: none do.
     """
 
+    estimator: str = "grpo"
+    mask_truncated: bool = False
+    overlong_tokens: NonNegativeInt = 0
+    overlong_cache_tokens: NonNegativeInt = 0
+
+
+class LossConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The policy loss; see `learner.losses`, `learner.corrections`, and docs/guide/losses.md.
+
+    kind: the surrogate. clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+    dual_clip: bound of `ppo`'s ratio where A < 0; above 1 + clip_high, or 0 for none.
+    proximal: what the ratio is taken against. `current`: the learner's own log-probabilities of the moment, so that the
+        ratio is 1 and the correction alone counts; `recomputed`: the learner's when the batch began, which is the same
+        with one minibatch; `sampled`: the sampling policy's, as in PPO, which leaves nothing to correct.
+    correction: weight of a token for proximal against sampled probability; `importance_low`, `importance_cap` bound it.
+    aggregation: `token`: mean over the batch's loss-bearing tokens; `sequence`: mean over completions of their means;
+        `fixed`: sum over `fixed_tokens` a completion.
+    kl_coef: weight of the divergence from the initial model, added to the loss or, `kl_in=reward`, taken off rewards.
+    entropy_coef: weight of the entropy bonus.
+    """
+
+    kind: Literal["ppo", "gspo", "cispo", "aipo", "reinforce"] = "ppo"
     clip_low: Annotated[float, Meta(gt=0, le=1)] = 0.2
     clip_high: PositiveFloat = 0.28
+    dual_clip: NonNegativeFloat = 0.0
+    proximal: Literal["current", "recomputed", "sampled"] = "current"
+    correction: Literal["none", "token_tis", "sequence_tis", "token_mask", "sequence_mask", "geometric_mask"] = (
+        "token_tis"
+    )
+    importance_low: NonNegativeFloat = 0.0
     importance_cap: PositiveFloat = 2.0
-    proximal: Literal["current", "sampled"] = "current"
+    aggregation: Literal["token", "sequence", "fixed"] = "token"
+    fixed_tokens: NonNegativeInt = 0
+    kl_coef: NonNegativeFloat = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    entropy_coef: NonNegativeFloat = 0.0
+
+    @property
+    def regularised(self) -> bool:
+        """Does the loss have a gradient where the advantage is 0?"""
+        return self.entropy_coef > 0 or (self.kl_coef > 0 and self.kl_in == "loss")
 
 
 class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,6 +69,7 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     dtype: compute dtype; masters, gradients' reduction and optimizer state stay in fp32.
     lr, warmup_steps, schedule: peak rate, linear warm-up, then `constant`, `linear` or `cosine` to zero.
+    minibatches: parts of a batch, each with an optimizer update of its own; a policy version is a whole batch.
     microbatch_tokens: packed tokens of one forward pass; a longer single sequence gets a pass of its own.
     logprob_chunk_tokens: positions whose logits exist at one time.
     checkpoint_every: steps between checkpoints; 0: only the last. keep_checkpoints: newest ones kept.
@@ -44,10 +85,11 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     ranks: PositiveInt = 1
+    minibatches: PositiveInt = 1
     microbatch_tokens: PositiveInt = 4096
     logprob_chunk_tokens: PositiveInt = 2048
     gradient_checkpointing: bool = False
-    scale_rewards: bool = True
+    advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     checkpoint_every: NonNegativeInt = 0
     keep_checkpoints: PositiveInt = 2

@@ -16,7 +16,8 @@ def token_logprobs(
 
     Args: hidden: [T, H]. weight: [V, H], the output embedding. targets: int64 [T]. temperature: above 0.
         chunk_tokens: at least 1. softcap: where given, logits become softcap · tanh(logits / softcap) first (Gemma).
-    Returns: (logprobs, float32 [T], with gradient to hidden and weight; entropy, float32 [T], nats, without).
+    Returns: (logprobs, entropy), float32 [T], nats, both with gradient to hidden and weight. That of the entropy costs
+        nothing where it is not used.
     """
     logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk_tokens, softcap)
     return logprobs, entropy
@@ -44,18 +45,23 @@ class _ChunkedLogprobs(torch.autograd.Function):
             entropy[part] = -(log_softmax.exp() * log_softmax).sum(dim=-1)
         ctx.save_for_backward(hidden, weight, targets)
         ctx.settings = (temperature, chunk_tokens, softcap)
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # an entropy that no loss uses has no gradient, and costs none
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         temperature, chunk_tokens, softcap = ctx.settings
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            grad_logits = _grad_logits(hidden[part], weight, targets[part], grads[0][part], temperature, softcap)
+            of_logprobs, of_entropy = (None if grad is None else grad[part] / temperature for grad in grads)
+            scaled, slope = _scaled_logits(hidden[part], weight, temperature, softcap)
+            grad_logits = _grad_scaled(scaled, targets[part], of_logprobs, of_entropy)
+            if slope is not None:
+                grad_logits *= slope
+            grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[part] = grad_logits @ weight
             grad_weight += (grad_logits.t() @ hidden[part]).float()
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
@@ -72,14 +78,18 @@ def _scaled_logits(
     return capped * (softcap / temperature), 1 - capped.square()
 
 
-def _grad_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, grad: Tensor, temperature: float, softcap: float | None
-) -> Tensor:
-    """Gradient with respect to the raw logits: grad · (onehot(target) - softmax) / temperature, [chunk, V]."""
-    scaled, slope = _scaled_logits(hidden, weight, temperature, softcap)
-    grad_logits = scaled.softmax(dim=-1).neg_()
-    grad_logits.scatter_add_(1, targets[:, None], torch.ones_like(grad_logits[:, :1]))
-    grad_logits *= (grad / temperature)[:, None]
-    if slope is not None:
-        grad_logits *= slope
-    return grad_logits.to(hidden.dtype)
+def _grad_scaled(scaled: Tensor, targets: Tensor, of_logprobs: Tensor | None, of_entropy: Tensor | None) -> Tensor:
+    """Gradient with respect to the scaled logits, [chunk, V], from that of log-probabilities and of entropy, [chunk].
+
+    d logprob / d z = onehot(target) - p, and d entropy / d z = -p · (log p + entropy).
+    """
+    log_softmax = scaled.log_softmax(dim=-1) if of_entropy is not None else None
+    softmax = scaled.softmax(dim=-1) if log_softmax is None else log_softmax.exp()
+    grad = torch.zeros_like(softmax[:, :1]) if of_logprobs is None else -of_logprobs[:, None]
+    if log_softmax is not None and of_entropy is not None:
+        entropy = -(softmax * log_softmax).sum(dim=-1, keepdim=True)
+        grad = grad - of_entropy[:, None] * (log_softmax + entropy)
+    grad_logits = softmax.mul_(grad)
+    if of_logprobs is not None:
+        grad_logits.scatter_add_(1, targets[:, None], of_logprobs[:, None])
+    return grad_logits

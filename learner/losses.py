@@ -1,105 +1,170 @@
-"""The policy loss: clipped, with token-level truncated importance sampling. Pure functions of tensors."""
+"""The policy loss: a surrogate, its off-policy correction, divergence and entropy. Pure functions of tensors."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from learner.config import LossConfig
+from learner.corrections import SequenceIndex, bounded_exp, correction_weights
+from learner.divergence import divergence
+from learner.loss_sums import LossSums
 
 
 @dataclass(frozen=True)
-class LossSums:
-    """Sums over loss-bearing tokens; additive, so those of micro-batches and ranks can be added up.
+class LossTokens:
+    """What is known of K loss-bearing tokens beside their log-probabilities now; of whole sequences.
 
-    All are float64 scalar tensors without gradient.
-    tokens: their number. loss: of the per-token losses. clipped_low, clipped_high: tokens without gradient because
-    their ratio left the clip range, below with A < 0 or above with A > 0. truncated: tokens whose importance weight
-    was cut to the cap. k3: of the k3 estimates of KL(sampled ‖ now). weight, weight_squared: of the uncut weights
-    w = exp(now - sampled), for the effective sample size (Σw)² / (n Σw²). lag0_tokens, lag0_k3: lag 0 alone.
+    sampled, advantages: float32 [K]; log-probabilities when they were sampled, at the sampling temperature. weights:
+    float32 [K], as `learner.aggregation`. owners: int64 [K], which of num_sequences sequences. lags: int64 [K], steps
+    between training and the oldest token of the completion: after a change of version in flight the engine goes on from
+    the old version's KV cache, so later tokens are a mixture. recomputed: float32 [K], the learner's
+    log-probabilities when the batch began. reference: float32 [K], the initial model's. None where not asked for.
     """
 
-    tokens: Tensor
+    sampled: Tensor
+    advantages: Tensor
+    weights: Tensor
+    owners: Tensor
+    lags: Tensor
+    num_sequences: int
+    recomputed: Tensor | None = None
+    reference: Tensor | None = None
+
+    def to(self, device: torch.device) -> "LossTokens":
+        return replace(self, **{name: v.to(device) for name, v in self.__dict__.items() if isinstance(v, Tensor)})
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Loss of each token before correction, [K], with gradient; and where the clip took the gradient or changed the
+    weight, bool [K]: ratio below the range, ratio above it."""
+
     loss: Tensor
     clipped_low: Tensor
     clipped_high: Tensor
-    truncated: Tensor
-    k3: Tensor
-    weight: Tensor
-    weight_squared: Tensor
-    lag0_tokens: Tensor
-    lag0_k3: Tensor
-
-    def vector(self) -> Tensor:
-        """float64 [10], in the order of the fields."""
-        return torch.stack([getattr(self, field.name) for field in fields(self)])
-
-    @classmethod
-    def from_vector(cls, vector: Tensor) -> "LossSums":
-        return cls(*vector.unbind())
 
 
-def policy_loss(
-    logprobs: Tensor, sampled: Tensor, advantages: Tensor, mask: Tensor, lags: Tensor, config: LossConfig
-) -> tuple[Tensor, LossSums]:
-    """Clipped policy-gradient loss with token-level truncated importance sampling (TIS), summed over tokens.
+def policy_loss(logprobs: Tensor, entropy: Tensor, tokens: LossTokens, config: LossConfig) -> tuple[Tensor, LossSums]:
+    """The loss of K tokens: their share of the batch's, so that shares of micro-batches and ranks add up to it.
 
-        proximal = stop_gradient(logprobs)  or  sampled        (config.proximal: current | sampled)
-        weight   = stop_gradient(min(exp(proximal - sampled), cap))
-        ratio    = exp(logprobs - proximal)
-        loss_t   = -weight · min(ratio · A, clip(ratio, 1 - clip_low, 1 + clip_high) · A)
+        proximal = stop_gradient(logprobs), tokens.recomputed or tokens.sampled       (config.proximal)
+        correction = stop_gradient(w(exp(proximal - sampled)))                        (learner.corrections)
+        loss = Σ weight · (correction · surrogate + kl_coef · divergence - entropy_coef · entropy)
 
-    With `current` the ratio is 1 in value, so nothing is clipped and the weight alone corrects for lag and for the
-    mismatch between engine and learner; with `sampled` the weight is 1 and the clip bounds the distance to the
-    sampling policy, as in PPO. The caller divides the sum by the global number of loss-bearing tokens.
-
-    Args: logprobs, sampled, advantages: float32 [T]; log-probabilities of the tokens now (with gradient) and when
-        they were sampled, both at the sampling temperature. mask: bool [T], True where a token bears loss.
-        lags: int64 [T], versions between training and the oldest token of the token's completion: after a change of
-            version in flight the engine goes on from the old version's KV cache, so its later tokens are a mixture.
-    Returns: (summed loss, a scalar with gradient; sums, without). Exactly 0, gradient too, where A is 0.
-    Source: PPO (arXiv:1707.06347); clip-higher: DAPO (arXiv:2503.14476); TIS: Yao et al. 2025, "Your efficient RL
-        framework secretly brings you off-policy RL training".
+    Args: logprobs: float32 [K], of the tokens now, at the sampling temperature. entropy: float32 [K].
+    Returns: (loss, a scalar with gradient; sums, without). Exactly 0, gradient too, where all A are 0 and the
+        configuration is not `regularised`.
+    Source: decoupled PPO: Hilton et al. (arXiv:2110.00641), AReaL (arXiv:2505.24298). TRL 1.16: `_compute_loss`, whose
+        `old_per_token_logps` are what `recomputed` is here, and whose entropy bonus is a mean over tokens whatever
+        `loss_type` is; here `aggregation` is that of all terms.
     """
-    proximal = logprobs.detach() if config.proximal == "current" else sampled
-    importance = (proximal - sampled).exp()
-    ratio = (logprobs - proximal).exp()
-    low, high = 1 - config.clip_low, 1 + config.clip_high
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    per_token = torch.where(mask, -importance.clamp(max=config.importance_cap) * surrogate, 0.0)
-    with torch.no_grad():
-        flags = {
-            "clipped_low": (ratio < low) & (advantages < 0),
-            "clipped_high": (ratio > high) & (advantages > 0),
-            "truncated": importance > config.importance_cap,
-        }
-        sums = _sums(per_token, logprobs - sampled, mask, lags, flags)
-    return per_token.sum(), sums
-
-
-def k3_divergence(log_ratio: Tensor) -> Tensor:
-    """Estimate r - 1 - log r of KL(p ‖ q) per token drawn from p, where log r = log q - log p. Never negative.
-
-    Args: log_ratio: [T]. Returns: [T], nats.
-    Source: Schulman 2020, "Approximating KL divergence".
-    """
-    return log_ratio.expm1() - log_ratio
-
-
-def _sums(per_token: Tensor, log_ratio: Tensor, mask: Tensor, lags: Tensor, flags: dict[str, Tensor]) -> LossSums:
-    def total(values: Tensor, where: Tensor = mask) -> Tensor:
-        return torch.where(where, values.double(), 0.0).sum()
-
-    weight = log_ratio.double().exp()
-    k3 = k3_divergence(log_ratio.double())
-    fresh = mask & (lags == 0)
-    return LossSums(
-        tokens=mask.double().sum(),
-        loss=total(per_token),
-        k3=total(k3),
-        weight=total(weight),
-        weight_squared=total(weight.square()),
-        lag0_tokens=fresh.double().sum(),
-        lag0_k3=total(k3, fresh),
-        **{name: total(flag) for name, flag in flags.items()},
+    proximal = _proximal(logprobs, tokens, config)
+    sequences = SequenceIndex(tokens.owners, tokens.num_sequences)
+    correction, cut = correction_weights(proximal - tokens.sampled, sequences, config)
+    surrogate = SURROGATES[config.kind](logprobs, proximal, tokens.advantages, sequences, config)
+    policy = correction * surrogate.loss
+    loss = policy
+    reference_kl = torch.zeros_like(policy)
+    if tokens.reference is not None:
+        reference_kl = divergence(tokens.reference - logprobs, config.kl_estimator)
+        if config.kl_in == "loss":
+            loss = loss + config.kl_coef * reference_kl
+    if config.entropy_coef > 0:
+        loss = loss - config.entropy_coef * entropy
+    sums = LossSums.of_tokens(
+        tokens.lags,
+        log_ratio=logprobs - tokens.sampled,
+        loss=tokens.weights * policy,
+        clipped_low=surrogate.clipped_low,
+        clipped_high=surrogate.clipped_high,
+        cut=cut,
+        entropy=entropy,
+        reference_kl=reference_kl,
     )
+    return (tokens.weights * loss).sum(), sums
+
+
+def ppo(
+    logprobs: Tensor, proximal: Tensor, advantages: Tensor, sequences: SequenceIndex, config: LossConfig
+) -> Surrogate:
+    """-min(r · A, clip(r, 1 - low, 1 + high) · A), r = exp(logprobs - proximal); with a dual clip c, where A < 0, no
+    more than -c · A.
+
+    Source: PPO (arXiv:1707.06347); clip-higher: DAPO (arXiv:2503.14476); dual clip: Ye et al. (arXiv:1912.09729).
+    TRL: `epsilon`, `epsilon_high`, and `delta`, which is the same as the dual clip for any c above 1 + high.
+    """
+    return _clipped(bounded_exp(logprobs - proximal), advantages, config)
+
+
+def gspo(
+    logprobs: Tensor, proximal: Tensor, advantages: Tensor, sequences: SequenceIndex, config: LossConfig
+) -> Surrogate:
+    """As `ppo` with one ratio a sequence, the geometric mean over its loss-bearing tokens.
+
+    Source: GSPO (arXiv:2507.18071), with `aggregation=sequence`. TRL: `importance_sampling_level=sequence`.
+    """
+    return _clipped(bounded_exp(sequences.means(logprobs - proximal)), advantages, config)
+
+
+def cispo(
+    logprobs: Tensor, proximal: Tensor, advantages: Tensor, sequences: SequenceIndex, config: LossConfig
+) -> Surrogate:
+    """-stop_gradient(clip(r, 1 - low, 1 + high)) · A · logprobs: no token loses its gradient.
+
+    Source: CISPO, MiniMax-M1 (arXiv:2506.13585), which leaves out the lower bound: clip_low=1. TRL: `cispo`, without it
+    too, whose `epsilon_high` is the bound itself, 1 + clip_high.
+    """
+    ratio = bounded_exp((logprobs - proximal).detach())
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    return Surrogate(-ratio.clamp(low, high) * advantages * logprobs, ratio < low, ratio > high)
+
+
+def aipo(
+    logprobs: Tensor, proximal: Tensor, advantages: Tensor, sequences: SequenceIndex, config: LossConfig
+) -> Surrogate:
+    """-stop_gradient(min(r, importance_cap)) · A · logprobs.
+
+    Source: AIPO, LlamaRL (arXiv:2505.24034), where r is against the sampling policy: proximal=sampled. TRL: `cispo`
+    with `epsilon_high` as the cap.
+    """
+    ratio = bounded_exp((logprobs - proximal).detach())
+    over = ratio > config.importance_cap
+    return Surrogate(-ratio.clamp(max=config.importance_cap) * advantages * logprobs, torch.zeros_like(over), over)
+
+
+def reinforce(
+    logprobs: Tensor, proximal: Tensor, advantages: Tensor, sequences: SequenceIndex, config: LossConfig
+) -> Surrogate:
+    """-A · logprobs. Source: Williams 1992."""
+    nowhere = torch.zeros_like(logprobs, dtype=torch.bool)
+    return Surrogate(-advantages * logprobs, nowhere, nowhere)
+
+
+SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, SequenceIndex, LossConfig], Surrogate]] = {
+    "ppo": ppo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "aipo": aipo,
+    "reinforce": reinforce,
+}
+
+
+def _proximal(logprobs: Tensor, tokens: LossTokens, config: LossConfig) -> Tensor:
+    if config.proximal == "sampled":
+        return tokens.sampled
+    if config.proximal == "recomputed" and tokens.recomputed is not None:
+        return tokens.recomputed
+    return logprobs.detach()
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, config: LossConfig) -> Surrogate:
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    below, above = (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+    if config.dual_clip > 0:
+        over = (ratio > config.dual_clip) & (advantages < 0)
+        objective = torch.where(over, config.dual_clip * advantages, objective)
+        above = above | over
+    return Surrogate(-objective, below, above)

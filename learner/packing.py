@@ -13,28 +13,8 @@ import torch
 from torch import Tensor
 
 from databus.codec import Array
-from databus.groups import Group
-from learner.advantages import group_advantages
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """Prompt and completion of one sample. Arrays over its loss-bearing tokens, K of them:
-
-    token_ids: int64 [n]. targets: int64 [K], indices into token_ids, from 1 on. logprobs: float32 [K], of the
-    sampling policy. oldest_version: of the policy versions that sampled the completion. advantage: one for all of it.
-    """
-
-    token_ids: Array
-    targets: Array
-    logprobs: Array
-    oldest_version: int
-    advantage: float
-
-    @property
-    def num_inputs(self) -> int:
-        """The last token is a target only."""
-        return len(self.token_ids) - 1
+from learner.losses import LossTokens
+from learner.sequences import Sequence
 
 
 @dataclass(frozen=True)
@@ -43,62 +23,37 @@ class MicroBatch:
 
     input_ids, position_ids: int64 [R, L]; positions restart at each sequence; padding goes on with the positions of
     the sequence before it, which it cannot influence. loss_positions: int64 [K], indices into the flattened rows.
-    targets: int64 [K]. sampled, advantages: float32 [K]. oldest_versions: int64 [K], of the
-    token's completion. num_tokens: without padding.
-    needs_gradient: False where every advantage is 0, so that a forward pass is enough.
+    targets: int64 [K]. places: int64 [K], indices into the loss-bearing tokens of all sequences that were planned, end
+    to end. num_tokens: without padding. needs_gradient: False where a forward pass is enough.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     loss_positions: Tensor
     targets: Tensor
-    sampled: Tensor
-    advantages: Tensor
-    oldest_versions: Tensor
+    places: Tensor
+    tokens: LossTokens
     num_tokens: int
     needs_gradient: bool
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return replace(self, **{name: v.to(device) for name, v in self.__dict__.items() if isinstance(v, Tensor)})
-
-
-def sequences_of(groups: Items[Group], scale_rewards: bool) -> list[Sequence]:
-    """The samples of groups that bear loss, in order. Raises: ValueError if a group has fewer than 2 completions."""
-    sequences: list[Sequence] = []
-    for group in groups:
-        advantages = group_advantages(torch.tensor(group.rewards)[None], scale_rewards)[0].tolist()
-        versions = group.token_versions().astype(np.int64)
-        ends = np.cumsum(group.lengths)
-        for advantage, start, end in zip(advantages, ends - group.lengths, ends, strict=True):
-            part = slice(int(start), int(end))
-            kept = np.flatnonzero(group.loss_mask[part])
-            if len(kept):
-                sequences.append(_sequence(group, part, kept, versions, advantage))
-    return sequences
-
-
-def _sequence(group: Group, part: slice, kept: Array, versions: Array, advantage: float) -> Sequence:
-    return Sequence(
-        token_ids=np.concatenate((group.prompt_ids, group.token_ids[part])).astype(np.int64),
-        targets=kept + len(group.prompt_ids),
-        logprobs=group.logprobs[part][kept],
-        oldest_version=int(versions[part].min()),
-        advantage=advantage,
-    )
+        moved = {name: v.to(device) for name, v in self.__dict__.items() if isinstance(v, Tensor | LossTokens)}
+        return replace(self, **moved)
 
 
 def plan_microbatches(sequences: Items[Sequence], rank: int, world_size: int, max_tokens: int) -> list[MicroBatch]:
     """This rank's micro-batches; every rank has the same number of each kind, in the same order.
 
-    FSDP's collectives must match, so a rank that runs out gets an empty micro-batch. Sequences with advantage 0 go
+    FSDP's collectives must match, so a rank that runs out gets an empty micro-batch. Sequences without a gradient go
     into micro-batches of their own, which need no backward pass. At least one micro-batch needs a gradient, so
     that every step has one. Deterministic: a function of its arguments alone.
 
-    Args: max_tokens: positions (R · L) of one micro-batch; a longer single sequence gets one of its own.
+    Args: sequences: all with `recomputed` and `reference`, or all without.
+        max_tokens: positions (R · L) of one micro-batch; a longer single sequence gets one of its own.
     """
     microbatches: list[MicroBatch] = []
     for needs_gradient in (True, False):
-        pool = [sequence for sequence in sequences if (sequence.advantage != 0) == needs_gradient]
+        pool = [sequence for sequence in sequences if sequence.needs_gradient == needs_gradient]
         shares = [pack_rows(share, max_tokens) for share in balance(pool, world_size)]
         count = max(max(map(len, shares)), int(needs_gradient))
         mine = shares[rank] + [[]] * (count - len(shares[rank]))
@@ -166,18 +121,37 @@ def build_microbatch(rows: Items[Items[Sequence]], needs_gradient: bool) -> Micr
             loss_positions.append(row * width + column + sequence.targets - 1)
             packed.append(sequence)
             column = end
+    counts = [len(sequence.targets) for sequence in packed]
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         loss_positions=_join(loss_positions, np.int64),
         targets=_join([s.token_ids[s.targets] for s in packed], np.int64),
-        sampled=_join([s.logprobs for s in packed], np.float32),
-        advantages=_join([np.full(len(s.targets), s.advantage) for s in packed], np.float32),
-        oldest_versions=_join([np.full(len(s.targets), s.oldest_version) for s in packed], np.int64),
+        places=_join([s.start + np.arange(len(s.targets)) for s in packed], np.int64),
+        tokens=LossTokens(
+            sampled=_join([s.logprobs for s in packed], np.float32),
+            advantages=_join([s.advantages for s in packed], np.float32),
+            weights=_spread([s.weight for s in packed], counts, np.float32),
+            owners=_spread(range(len(packed)), counts, np.int64),
+            lags=_spread([s.lag for s in packed], counts, np.int64),
+            num_sequences=len(packed),
+            recomputed=_join_optional([s.recomputed for s in packed]),
+            reference=_join_optional([s.reference for s in packed]),
+        ),
         num_tokens=sum(s.num_inputs for s in packed),
         needs_gradient=needs_gradient,
     )
 
 
-def _join(arrays: list[Array], dtype: type) -> Tensor:
+def _join(arrays: Items[Array], dtype: type) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype))
+
+
+def _join_optional(arrays: Items[Array | None]) -> Tensor | None:
+    present = [array for array in arrays if array is not None]
+    return _join(present, np.float32) if present else None
+
+
+def _spread(values: Items[float], counts: Items[int], dtype: type) -> Tensor:
+    """[K]: the value of its sequence for each token."""
+    return torch.from_numpy(np.repeat(np.array(values, dtype), counts))

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 import torch.distributed as dist
 
+from learner.advantage_function import AdvantageFunction
 from learner.batch import BatchFeed
 from learner.bus import BrokerLink, Bus, RunStoppedError
 from learner.checkpoint import load_checkpoint
@@ -19,6 +20,7 @@ from learner.checkpoint_folder import read_trainer_state
 from learner.config import LearnerConfig
 from learner.model import ModelOptions, build_model
 from learner.optimizer import build_optimizer, resume_schedule
+from learner.reference import build_reference
 from learner.snapshot import Snapshotter
 from learner.train_step import TrainStep
 from learner.trainer import FirstRank, Trainer
@@ -40,7 +42,8 @@ class LearnerRun:
     model: folder or hub id. serving_dtype, temperature: of the rollout workers. bus_address: where the broker
     listens; it decides where the weight server listens. resume_from: a checkpoint folder. batch_timeout_s: how
     long to wait for one batch. end_timeout_s: how long after the last step the broker may take to end the run.
-    collective_timeout_s: how long a rank waits for the others.
+    collective_timeout_s: how long a rank waits for the others. advantage_function: the one that
+    `advantage.estimator` names, if it names one.
     """
 
     model: str
@@ -54,6 +57,7 @@ class LearnerRun:
     batch_timeout_s: float = 3600.0
     end_timeout_s: float = 3600.0
     collective_timeout_s: float = 600.0
+    advantage_function: AdvantageFunction | None = None
 
 
 def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[int], ClosableBus]) -> None:
@@ -139,6 +143,7 @@ def _build(config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: 
     if run.resume_from is not None:
         load_checkpoint(run.resume_from, policy.causal_lm, optimizer)
         resume_schedule(scheduler, start_step)
+    reference = build_reference(run.model, options) if config.loss.kl_coef > 0 else None
     rank, world_size = dist.get_rank(), dist.get_world_size()
     broker = None if first_rank is None else first_rank.broker
     return Trainer(
@@ -148,7 +153,7 @@ def _build(config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: 
         checkpoints_dir=run.checkpoints_dir,
         world_size=world_size,
         policy=policy,
-        train_step=TrainStep(policy, optimizer, scheduler, config),
+        train_step=TrainStep(policy, optimizer, scheduler, config, reference, run.advantage_function),
         feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
         snapshotter=Snapshotter(policy.causal_lm, run.serving_dtype, rank),
         first_rank=first_rank,

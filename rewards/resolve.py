@@ -1,4 +1,4 @@
-"""From a reward's reference in the configuration to the function itself."""
+"""From a function's reference in the configuration, a reward's above all, to the function itself."""
 
 import hashlib
 import importlib.util
@@ -13,6 +13,7 @@ from rewards.sample import Sample
 RewardFunction = Callable[[Sample], Any]
 
 BUILT_IN = "math"
+REWARD_SETTING = "reward.function"
 
 
 def load_reward(reference: str, base_dir: Path) -> RewardFunction:
@@ -25,38 +26,44 @@ def load_reward(reference: str, base_dir: Path) -> RewardFunction:
         from rewards.math import math_reward
 
         return math_reward
-    path, name = split_reference(reference, base_dir)
-    function = getattr(_import_file(path, reference), name, None)
+    return load_function(reference, base_dir)
+
+
+def load_function(reference: str, base_dir: Path, setting: str = REWARD_SETTING) -> Callable[..., Any]:
+    """The function that a `PATH.py:FUNCTION` reference in `setting` names. Raises: ValueError, as `load_reward`."""
+    path, name = split_reference(reference, base_dir, setting)
+    function = getattr(_import_file(path, f"{setting}={reference!r}"), name, None)
     if function is None:
-        raise ValueError(f"reward.function={reference!r}: {path} has no function {name!r}")
+        raise ValueError(f"{setting}={reference!r}: {path} has no function {name!r}")
     if not callable(function):
-        raise ValueError(f"reward.function={reference!r}: {name!r} is a {type(function).__name__}, not a function")
+        raise ValueError(f"{setting}={reference!r}: {name!r} is a {type(function).__name__}, not a function")
     return function
 
 
-def split_reference(reference: str, base_dir: Path) -> tuple[Path, str]:
+def split_reference(reference: str, base_dir: Path, setting: str = REWARD_SETTING) -> tuple[Path, str]:
     """(existing file, name of the function) of a `PATH.py:FUNCTION` reference; imports nothing."""
     path_text, colon, name = reference.rpartition(":")
     if not colon or not path_text.endswith(".py") or not name.isidentifier():
-        raise ValueError(f"reward.function={reference!r}: expected {BUILT_IN!r} or PATH.py:FUNCTION")
+        built_in = f"{BUILT_IN!r} or " if setting == REWARD_SETTING else ""
+        raise ValueError(f"{setting}={reference!r}: expected {built_in}PATH.py:FUNCTION")
     path = (base_dir / path_text).resolve()
     if not path.is_file():
-        raise ValueError(f"reward.function={reference!r}: no such file: {path}")
+        raise ValueError(f"{setting}={reference!r}: no such file: {path}")
     return path, name
 
 
-def _import_file(path: Path, reference: str) -> ModuleType:
+def _import_file(path: Path, source: str) -> ModuleType:
     module_name = f"echelon_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"reward.function={reference!r}: {path} cannot be imported")
+        raise ValueError(f"{source}: {path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and the like look their module up
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise ValueError(f"reward.function={reference!r}: importing {path} failed: {describe(error, path)}") from error
+        raise ValueError(f"{source}: importing {path} failed: {describe(error, path)}") from error
     return module
 
 

@@ -1,11 +1,36 @@
 """Settings of rollout workers."""
 
+import re
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
+
+
+BIASED_SAMPLING = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
+"""Sampling settings that there are not: what is recorded is the log-probability under the temperature alone."""
+
+
+def why_not_sampling(text: str) -> str:
+    """Why there is no such setting, to go on with after an error, where `text` names one of `BIASED_SAMPLING`."""
+    named = next((name for name in BIASED_SAMPLING if re.search(rf"\b{name}\b", text)), None)
+    if named is None:
+        return ""
+    return (
+        f"; there is no {named}: tokens would be sampled from another distribution than the one that is trained, and "
+        "every importance ratio would be wrong (rollout.temperature is taken into account)"
+    )
 
 
 class ReasoningConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -21,6 +21,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_model`, with other weights."""
+    folder = tmp_path_factory.mktemp("other_model")
+    write_tiny_model(folder, seed=1)
+    return folder
+
+
 def write_tiny_model(folder: Path, seed: int = 0) -> None:
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM

@@ -23,9 +23,12 @@ CONNECT_S = 60.0
 def learn(folder: RunFolder) -> None:
     """Raises: whatever ends the learner; `role_main` reports it."""
     from learner.checkpoint_folder import latest_checkpoint
+    from learner.checks import ADVANTAGE_SETTING, names_function
     from learner.run import LearnerRun, run_learner
+    from rewards.resolve import load_function
 
     config = folder.config()
+    estimator = config.learner.advantage.estimator
     bus = folder.bus()
     if bus is None:
         raise RuntimeError("the broker is not there: bus.json is missing")
@@ -43,6 +46,9 @@ def learn(folder: RunFolder) -> None:
         batch_timeout_s=patience_s,
         end_timeout_s=patience_s + config.eval.timeout_s,
         collective_timeout_s=patience_s,
+        advantage_function=(
+            load_function(estimator, folder.path, ADVANTAGE_SETTING) if names_function(estimator) else None
+        ),
     )
     run_learner(config.learner, run, lambda version: connect(folder, version))
 

@@ -22,13 +22,16 @@ def prepare(folder: RunFolder) -> None:
     from echelon.prompt_files import write_prompts
     from echelon.rows import load_rows
     from echelon.validate import check_reasoning
-    from rewards.resolve import load_reward
+    from learner.checks import ADVANTAGE_SETTING, names_function
+    from rewards.resolve import load_function, load_reward
     from rollout.engine.end_tag import end_tag
 
     config = folder.config()
     if needs_hub(config):
         use_cache_if_offline()
     load_reward(config.reward.function, folder.path)
+    if names_function(config.learner.advantage.estimator):
+        load_function(config.learner.advantage.estimator, folder.path, ADVANTAGE_SETTING)
 
     from echelon.model_check import check_devices, check_model, load_tokenizer
 

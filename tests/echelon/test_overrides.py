@@ -59,6 +59,11 @@ def test_unknown_setting_names_the_nearest(override: str, nearest: str) -> None:
     assert f"did you mean {nearest}" in text
 
 
+@pytest.mark.parametrize("name", ["top_p", "top_k", "min_p", "repetition_penalty"])
+def test_sampling_that_biases_the_ratio_is_refused_with_the_reason(name: str) -> None:
+    assert f"there is no {name}: tokens would be sampled from another distribution" in error(f"rollout.{name}=0.9")
+
+
 def test_unknown_setting_names_what_is_allowed_there() -> None:
     text = error("wandb.xyz=1")
     assert "wandb has: mode, project, name, samples_every" in text

@@ -117,6 +117,24 @@ def test_reward_of_another_file_becomes_absolute(folder: Path) -> None:
     assert load_recipe(file).config.reward.function == f"{folder / 'mine.py'}:reward"
 
 
+def test_an_advantage_function_is_found_like_a_reward(folder: Path) -> None:
+    (folder / "mine.py").write_text("def weighted(group):\n    return group.rewards\n")
+    own = config_recipe(folder, "learner=LearnerConfig(advantage=AdvantageConfig(estimator=__file__ + ':reward'))")
+    assert load_recipe(own).config.learner.advantage.estimator == "recipe.py:reward"
+    estimator = load_recipe(own, ["learner.advantage.estimator=mine.py:weighted"]).config.learner.advantage.estimator
+    assert estimator == f"{folder}/mine.py:weighted"
+    assert "'ppo': expected grpo, dr_grpo" in error(own, "learner.advantage.estimator=ppo")
+    assert "learner.advantage.estimator='none.py:f': no such file" in error(
+        own, "learner.advantage.estimator=none.py:f"
+    )
+
+
+def test_sampling_that_biases_the_ratio_is_refused_with_the_reason(folder: Path) -> None:
+    file = config_recipe(folder, "rollout=RolloutConfig(top_p=0.9)")
+    file.write_text("from rollout.config import *\n" + file.read_text())
+    assert "there is no top_p: tokens would be sampled from another distribution" in error(file)
+
+
 def test_reward_file_that_is_missing(folder: Path) -> None:
     assert "no such file" in error(config_recipe(folder, "reward=RewardConfig(function='none.py:reward')"))
 

@@ -1,8 +1,8 @@
 """A scripted broker with synthetic batches, and a learner process that trains on them.
 
-    learner_script.py MODEL CHECKPOINTS METRICS_OUT RESUME_FROM_OR_- [key=value of LearnerConfig ...]
+    learner_script.py MODEL CHECKPOINTS METRICS_OUT RESUME_FROM_OR_- [key=value, section.key=value ...]
 
-Shared by the learner's tests; as a program it is one rank of a torchrun job.
+Shared by the learner's tests; as a program it is one rank of a torchrun job. Settings are those of LearnerConfig.
 """
 
 import json
@@ -117,7 +117,11 @@ def train(model: Path | str, checkpoints: Path, config: LearnerConfig, **changes
 
 def main(arguments: Sequence[str]) -> None:
     model, checkpoints, metrics_out, resume_from, *settings = arguments
-    config = msgspec.convert(dict(pair.split("=", 1) for pair in settings), LearnerConfig, strict=False)
+    values: dict[str, Any] = {}
+    for name, value in (pair.split("=", 1) for pair in settings):
+        section, _, key = name.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[key] = value
+    config = msgspec.convert(values, LearnerConfig, strict=False)
     bus = train(model, Path(checkpoints), config, resume_from=None if resume_from == "-" else Path(resume_from))
     if bus.sent:  # rank 0
         Path(metrics_out).write_text(json.dumps(bus.metrics()))

@@ -27,10 +27,11 @@ def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
     return distribution.log_prob(targets), distribution.entropy()
 
 
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 50, 4096])
 @pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.6, None), (1.3, 2.0)])
 def test_values_and_gradients_equal_full_logits(
-    inputs: tuple[Tensor, ...], chunk_tokens: int, temperature: float, softcap: float | None
+    inputs: tuple[Tensor, ...], chunk_tokens: int, temperature: float, softcap: float | None, entropy_weight: float
 ) -> None:
     hidden, weight, targets, grad = inputs
     results = []
@@ -40,16 +41,23 @@ def test_values_and_gradients_equal_full_logits(
         logprobs, entropy = (
             token_logprobs(*arguments, chunk_tokens, softcap) if chunked else full_logits(*arguments, softcap)
         )
-        (logprobs * grad).sum().backward()
+        loss = (logprobs * grad).sum()
+        if entropy_weight:
+            loss = loss + entropy_weight * (entropy * grad.flip(0)).sum()
+        loss.backward()
         results.append((logprobs.detach(), entropy.detach(), ours[0].grad, ours[1].grad))
     for got, expected in zip(*results, strict=True):
         assert torch.allclose(got.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_entropy_carries_no_gradient(inputs: tuple[Tensor, ...]) -> None:
+def test_entropy_alone_has_a_gradient(inputs: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, _ = inputs
-    _, entropy = token_logprobs(hidden.requires_grad_(), weight, targets, 1.0, 7)
-    assert not entropy.requires_grad
+    gradients = []
+    for function, more in ((token_logprobs, (7,)), (full_logits, (None,))):
+        own = hidden.clone().requires_grad_()
+        function(own, weight, targets, 1.0, *more)[1].sum().backward()
+        gradients.append(own.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_no_tokens_give_zero_gradient(inputs: tuple[Tensor, ...]) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_script import make_groups
 
-from databus.groups import Group
-from learner.packing import MicroBatch, Sequence, balance, pack_rows, plan_microbatches, sequences_of
+from learner.packing import MicroBatch, balance, pack_rows, plan_microbatches
+from learner.sequences import Sequence, sequences_of
+
+
+def sequence_of(
+    token_ids: list[int], targets: list[int], logprobs: list[float], lag: int, start: int, advantages: list[float]
+) -> Sequence:
+    ids, places = np.array(token_ids), np.array(targets)
+    return Sequence(ids, places, np.array(logprobs, np.float32), lag, start, np.array(advantages, np.float32))
 
 
 def make_sequence(num_inputs: int, advantage: float = 1.0, mark: int = 0) -> Sequence:
@@ -14,47 +23,39 @@ def make_sequence(num_inputs: int, advantage: float = 1.0, mark: int = 0) -> Seq
         token_ids=np.full(num_inputs + 1, mark, np.int64),
         targets=np.array([num_inputs]),
         logprobs=np.array([-1.0], np.float32),
-        oldest_version=0,
-        advantage=advantage,
+        lag=0,
+        start=mark,
+        advantages=np.array([advantage], np.float32),
     )
-
-
-def test_sequences_by_hand() -> None:
-    group = Group(
-        prompt_ids=np.array([5, 6], np.int32),
-        lengths=np.array([3, 0, 2], np.int32),
-        token_ids=np.array([7, 8, 9, 10, 11], np.int32),
-        logprobs=np.array([-1, -2, -3, -4, -5], np.float32),
-        loss_mask=np.array([1, 0, 1, 0, 0], np.uint8),
-        version_values=np.array([3, 4], np.int32),
-        version_lengths=np.array([2, 3], np.int32),
-        rewards=np.array([1, 0, 0.5], np.float32),
-        reward_parts=np.zeros((3, 0), np.float32),
-        truncated=np.zeros(3, np.uint8),
-    )
-    # The second completion is empty, the third bears no loss; but their rewards count in the mean, 0.5.
-    (sequence,) = sequences_of([group], scale_rewards=False)
-    assert sequence.token_ids.tolist() == [5, 6, 7, 8, 9]
-    assert sequence.targets.tolist() == [2, 4]
-    assert sequence.logprobs.tolist() == [-1, -3]
-    assert sequence.oldest_version == 3
-    assert sequence.advantage == 0.5
 
 
 def test_microbatch_by_hand() -> None:
-    first = Sequence(np.array([1, 2, 3, 4]), np.array([2, 3]), np.array([-1, -2], np.float32), 6, 0.5)
-    second = Sequence(np.array([8, 9]), np.array([1]), np.array([-3], np.float32), 7, -1.0)
-    third = Sequence(np.array([5, 6, 7]), np.array([2]), np.array([-4], np.float32), 7, 2.0)
+    first = sequence_of([1, 2, 3, 4], [2, 3], [-1, -2], 1, 0, [0.5, 0.25])
+    second = sequence_of([8, 9], [1], [-3], 0, 2, [-1.0])
+    third = replace(sequence_of([5, 6, 7], [2], [-4], 3, 3, [2.0]), weight=0.1)
     (microbatch,) = plan_microbatches([first, second, third], rank=0, world_size=1, max_tokens=100)
     # Widest first: rows [first], [third, second]; each row 3 wide, no room lost.
     assert microbatch.input_ids.tolist() == [[1, 2, 3], [5, 6, 8]]
     assert microbatch.position_ids.tolist() == [[0, 1, 2], [0, 1, 0]]
     assert microbatch.loss_positions.tolist() == [1, 2, 4, 5]
     assert microbatch.targets.tolist() == [3, 4, 7, 9]
-    assert microbatch.sampled.tolist() == [-1, -2, -4, -3]
-    assert microbatch.advantages.tolist() == [0.5, 0.5, 2.0, -1.0]
-    assert microbatch.oldest_versions.tolist() == [6, 6, 7, 7]
+    assert microbatch.places.tolist() == [0, 1, 3, 2]
+    tokens = microbatch.tokens
+    assert tokens.sampled.tolist() == [-1, -2, -4, -3]
+    assert tokens.advantages.tolist() == [0.5, 0.25, 2.0, -1.0]
+    assert tokens.weights.tolist() == pytest.approx([1.0, 1.0, 0.1, 1.0])
+    assert tokens.lags.tolist() == [1, 1, 3, 0]
+    assert (tokens.owners.tolist(), tokens.num_sequences) == ([0, 0, 1, 2], 3)
+    assert tokens.recomputed is None and tokens.reference is None
     assert (microbatch.num_tokens, microbatch.needs_gradient) == (6, True)
+
+
+def test_what_frozen_models_say_is_packed_like_the_rest() -> None:
+    first = replace(sequence_of([1, 2, 3], [1, 2], [-1, -2], 0, 0, [1, 1]), recomputed=np.array([-5, -6]))
+    second = replace(sequence_of([1, 2, 3, 4], [3], [-3], 0, 2, [1]), recomputed=np.array([-7]))
+    (microbatch,) = plan_microbatches([first, second], rank=0, world_size=1, max_tokens=100)
+    assert microbatch.tokens.recomputed is not None
+    assert microbatch.tokens.recomputed.tolist() == [-7, -5, -6]
 
 
 def test_padding_goes_on_with_the_positions_before_it() -> None:
@@ -83,12 +84,12 @@ def test_every_token_is_packed_once_and_ranks_match(
     assert sum(microbatch.num_tokens for microbatch in packed) == sum(size for size, _ in sizes)
     assert sorted(mark for microbatch in packed for mark in microbatch.targets.tolist()) == list(range(len(sizes)))
     for microbatch in packed:
-        needed = microbatch.advantages != 0
+        needed = microbatch.tokens.advantages != 0
         assert needed.all() if microbatch.needs_gradient else not needed.any()
 
 
 def test_plan_is_deterministic() -> None:
-    sequences = sequences_of(make_groups(0), scale_rewards=True)
+    sequences = [replace(s, regularised=True) for s in sequences_of(make_groups(0), step=0)]
     for ours, theirs in zip(*[plan_microbatches(sequences, 1, 2, 64) for _ in range(2)], strict=True):
         assert torch.equal(ours.input_ids, theirs.input_ids)
         assert torch.equal(ours.loss_positions, theirs.loss_positions)
@@ -114,10 +115,3 @@ def test_nothing_to_train_still_gives_a_step() -> None:
     assert isinstance(microbatch, MicroBatch)
     assert microbatch.needs_gradient
     assert (microbatch.num_tokens, len(microbatch.targets)) == (0, 0)
-
-
-def test_group_of_one_is_refused() -> None:
-    group = make_groups(0)[0]
-    single = Group(**(group.columns() | {"lengths": group.lengths[:1], "rewards": group.rewards[:1]}))
-    with pytest.raises(ValueError, match="G >= 2"):
-        sequences_of([single], scale_rewards=True)

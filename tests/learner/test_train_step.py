@@ -10,19 +10,36 @@ from learner_script import make_groups
 from torch import Tensor
 
 from databus.groups import Group
-from learner.config import LearnerConfig
-from learner.losses import policy_loss
+from learner.advantages import estimate_advantages
+from learner.config import AdvantageConfig, LearnerConfig, LossConfig
+from learner.losses import LossTokens, policy_loss
 from learner.model import ModelOptions, build_model, load_causal_lm
 from learner.optimizer import build_optimizer
-from learner.packing import sequences_of
+from learner.reference import build_reference, penalised
+from learner.sequences import Sequence, sequences_of, weighted, with_advantages
 from learner.train_step import TrainStep
 
 CONFIG = LearnerConfig(steps=3, lr=1e-3, max_grad_norm=1e9)
+LOSSES = {
+    "ppo": LossConfig(),
+    "gspo": LossConfig(kind="gspo", proximal="sampled", aggregation="sequence", dual_clip=3.0),
+    "cispo": LossConfig(kind="cispo", proximal="sampled", aggregation="fixed", fixed_tokens=24),
+    "masked": LossConfig(kind="reinforce", correction="geometric_mask", importance_low=0.02, importance_cap=0.2),
+    "regularised": LossConfig(correction="sequence_tis", kl_coef=0.2, entropy_coef=0.05, aggregation="sequence"),
+    "kl_in_reward": LossConfig(kl_coef=0.2, kl_in="reward", kl_estimator="k1"),
+}
 
 
-def step_gradients(model: Path, config: LearnerConfig, groups: list[Group]) -> tuple[dict[str, float], Any]:
-    """Metrics and whole gradients of one step."""
+def with_loss(loss: LossConfig, **changes: Any) -> LearnerConfig:
+    return msgspec.structs.replace(CONFIG, loss=loss, **changes)
+
+
+def step_gradients(
+    model: Path, config: LearnerConfig, groups: list[Group], reference: Path | None = None, **more: Any
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Metrics and whole gradients of one step, of its last minibatch."""
     policy = build_model(model, ModelOptions())
+    frozen = build_reference(str(reference), ModelOptions()) if reference else None
     optimizer, scheduler = build_optimizer(policy.parameters(), config)
     gradients: dict[str, Tensor] = {}
 
@@ -32,38 +49,128 @@ def step_gradients(model: Path, config: LearnerConfig, groups: list[Group]) -> t
             gradients[name] = grad.full_tensor().clone()
 
     optimizer.register_step_pre_hook(keep_gradients)
-    return TrainStep(policy, optimizer, scheduler, config)(groups, 0), gradients
+    return TrainStep(policy, optimizer, scheduler, config, frozen, **more)(groups, 0), gradients
 
 
-def naive_gradients(model: Path, groups: list[Group]) -> tuple[float, dict[str, Tensor]]:
-    """Mean loss over all tokens of the batch by plain transformers, one sequence at a time, without packing."""
+def plain_logprobs(model: Any, sequence: Sequence) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies by plain transformers, one sequence at a time, without packing."""
+    logits = model(torch.from_numpy(sequence.token_ids[None, :-1])).logits[0]
+    log_softmax = logits.log_softmax(-1)[torch.from_numpy(sequence.targets - 1)]
+    targets = torch.from_numpy(sequence.token_ids[sequence.targets])
+    return log_softmax.gather(1, targets[:, None])[:, 0], -(log_softmax.exp() * log_softmax).sum(-1)
+
+
+def naive_gradients(
+    model: Path, groups: list[Group], config: LearnerConfig = CONFIG, reference: Path | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """The policy's part of the batch's loss, and the gradient of the whole loss, sequence by sequence."""
     plain = load_causal_lm(model)
-    sequences = sequences_of(groups, scale_rewards=True)
-    losses = []
-    for sequence in sequences:
-        logits = plain(torch.from_numpy(sequence.token_ids[None, :-1])).logits[0]
-        logprobs = logits.log_softmax(-1)[torch.from_numpy(sequence.targets - 1)]
-        own = logprobs.gather(1, torch.from_numpy(sequence.token_ids[sequence.targets])[:, None])[:, 0]
-        mask = torch.ones(len(own), dtype=torch.bool)
-        advantages = torch.full((len(own),), sequence.advantage)
-        sampled = torch.from_numpy(sequence.logprobs)
-        losses.append(policy_loss(own, sampled, advantages, mask, torch.zeros_like(mask).long(), CONFIG.loss)[0])
-    loss = torch.stack(losses).sum() / sum(len(sequence.targets) for sequence in sequences)
-    loss.backward()
-    gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-    return loss.item(), gradients
+    sequences = sequences_of(groups, 0)
+    if reference is not None:
+        frozen = load_causal_lm(reference)
+        with torch.no_grad():
+            sequences = [replace(s, reference=plain_logprobs(frozen, s)[0].numpy()) for s in sequences]
+        if config.loss.kl_in == "reward":
+            groups = penalised(groups, sequences, config.loss)
+    sequences = with_advantages(sequences, groups, estimate_advantages(groups, "grpo"))
+    losses, policy = [], 0.0
+    for sequence in weighted(sequences, config.loss):
+        own, entropy = plain_logprobs(plain, sequence)
+        count = len(sequence.targets)
+        tokens = LossTokens(
+            sampled=torch.from_numpy(sequence.logprobs),
+            advantages=torch.from_numpy(sequence.advantages),
+            weights=torch.full((count,), sequence.weight),
+            owners=torch.zeros(count, dtype=torch.int64),
+            lags=torch.zeros(count, dtype=torch.int64),
+            num_sequences=1,
+            reference=None if sequence.reference is None else torch.from_numpy(sequence.reference),
+        )
+        loss, sums = policy_loss(own, entropy, tokens, config.loss)
+        losses.append(loss)
+        policy += sums.metrics()["loss/policy"]
+    torch.stack(losses).sum().backward()
+    return policy, {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert any(gradient.any() for gradient in theirs.values())
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, theirs[name], rtol=1e-3, atol=1e-5), name
 
 
 @pytest.mark.parametrize("microbatch_tokens", [1, 40, 4096])
-def test_gradient_does_not_depend_on_microbatches(microbatch_tokens: int, single_rank: None, tiny_model: Path) -> None:
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_does_not_depend_on_microbatches(
+    loss: str, microbatch_tokens: int, single_rank: None, tiny_model: Path, other_model: Path
+) -> None:
     groups = make_groups(0)
-    loss, expected = naive_gradients(tiny_model, groups)
-    config = msgspec.structs.replace(CONFIG, microbatch_tokens=microbatch_tokens)
-    metrics, gradients = step_gradients(tiny_model, config, groups)
-    assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-4)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
+    config = with_loss(LOSSES[loss], microbatch_tokens=microbatch_tokens)
+    reference = other_model if config.loss.kl_coef else None
+    policy, expected = naive_gradients(tiny_model, groups, config, reference)
+    metrics, gradients = step_gradients(tiny_model, config, groups, reference)
+    assert metrics["loss/policy"] == pytest.approx(policy, rel=1e-4, abs=1e-7)
+    assert (metrics["loss/reference_kl"] != 0) == (reference is not None)
+    assert_same_gradients(gradients, expected)
+
+
+def test_gradient_does_not_depend_on_order(single_rank: None, tiny_model: Path) -> None:
+    config = with_loss(LOSSES["gspo"], microbatch_tokens=40)
+    _, forwards = step_gradients(tiny_model, config, make_groups(0))
+    _, backwards = step_gradients(tiny_model, config, make_groups(0)[::-1])
+    assert_same_gradients(forwards, backwards)
+
+
+def test_the_initial_model_is_no_distance_from_itself(single_rank: None, tiny_model: Path) -> None:
+    config = with_loss(LossConfig(kl_coef=0.2))
+    metrics, gradients = step_gradients(tiny_model, config, make_groups(0), tiny_model)
+    assert metrics["loss/reference_kl"] == pytest.approx(0, abs=1e-9)
+    assert_same_gradients(gradients, step_gradients(tiny_model, CONFIG, make_groups(0))[1])
+
+
+def test_recomputed_is_where_the_batch_began(single_rank: None, tiny_model: Path) -> None:
+    """With one minibatch it is `current`; with two, the second one's ratio is no longer 1, and its clip counts."""
+    recomputed, current = LossConfig(proximal="recomputed", clip_low=1e-6, clip_high=1e-6), LossConfig()
+    groups = make_groups(0)
+    one = [step_gradients(tiny_model, with_loss(loss), groups)[1] for loss in (recomputed, current)]
+    assert_same_gradients(*one)
+    metrics, _ = step_gradients(tiny_model, with_loss(recomputed, minibatches=2), groups)
+    assert 0 < metrics["loss/clip_fraction"] < 0.5
+    assert step_gradients(tiny_model, with_loss(current, minibatches=2), groups)[0]["loss/clip_fraction"] == 0
+
+
+def test_a_step_has_an_update_a_minibatch(single_rank: None, tiny_model: Path) -> None:
+    policy = build_model(tiny_model, ModelOptions())
+    config = with_loss(LossConfig(), minibatches=3)
+    optimizer, scheduler = build_optimizer(policy.parameters(), config)
+    updates: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: updates.append(1))
+    metrics = TrainStep(policy, optimizer, scheduler, config)(make_groups(0), 0)
+    assert len(updates) == 3
+    assert scheduler.last_epoch == 1
+    assert metrics["learner/num_tokens"] == step_gradients(tiny_model, CONFIG, make_groups(0))[0]["learner/num_tokens"]
+
+
+def test_truncated_completions_bear_no_loss(single_rank: None, tiny_model: Path) -> None:
+    groups = [replace(group, truncated=np.array([1, 0, 0, 0], np.uint8)) for group in make_groups(0)]
+    masks = [np.where(np.arange(group.num_tokens) < group.lengths[0], 0, group.loss_mask) for group in groups]
+    masked = [replace(group, loss_mask=mask.astype(np.uint8)) for group, mask in zip(groups, masks, strict=True)]
+    config = msgspec.structs.replace(CONFIG, advantage=AdvantageConfig(mask_truncated=True))
+    _, gradients = step_gradients(tiny_model, config, groups)
+    assert_same_gradients(gradients, step_gradients(tiny_model, CONFIG, masked)[1])
+
+
+def test_a_function_of_ones_own(single_rank: None, tiny_model: Path) -> None:
+    groups = make_groups(0)
+    by_token = step_gradients(
+        tiny_model,
+        CONFIG,
+        groups,
+        advantage_function=lambda group: np.repeat(group.rewards - group.rewards.mean(), group.lengths),
+    )
+    config = msgspec.structs.replace(CONFIG, advantage=AdvantageConfig(estimator="dr_grpo"))
+    assert_same_gradients(by_token[1], step_gradients(tiny_model, config, groups)[1])
 
 
 def test_forced_tokens_bear_no_loss_whatever_their_logprob(single_rank: None, tiny_model: Path) -> None:
@@ -77,8 +184,7 @@ def test_forced_tokens_bear_no_loss_whatever_their_logprob(single_rank: None, ti
         assert torch.equal(gradient, same_gradients[name]), name
     loss, expected = naive_gradients(tiny_model, forced)
     assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-4)
-    for name, gradient in gradients.items():
-        assert torch.allclose(gradient, expected[name], rtol=1e-3, atol=1e-5), name
+    assert_same_gradients(gradients, expected)
     all_sampled = [replace(group, loss_mask=np.ones_like(group.loss_mask)) for group in forced]
     assert step_gradients(tiny_model, CONFIG, all_sampled)[0]["loss/policy"] != metrics["loss/policy"]
 

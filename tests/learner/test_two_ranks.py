@@ -1,4 +1,4 @@
-"""The whole learner on one and on two ranks, as processes of a torchrun job."""
+"""The whole learner on one, two and four ranks, as processes of a torchrun job."""
 
 import json
 from collections.abc import Callable
@@ -44,6 +44,31 @@ def test_two_ranks_give_the_curve_of_one(folder: Path) -> None:
 
 def test_checkpoint_of_one_rank_resumes_on_two(folder: Path) -> None:
     assert_same_curve(curve(folder, "resumed"), curve(folder, "one")[2:])
+
+
+FORMS = {
+    "sequences": ("loss.kind=gspo", "loss.proximal=sampled", "loss.aggregation=sequence", "loss.kl_coef=0.1"),
+    "minibatches": (
+        "loss.kind=cispo",
+        "loss.proximal=recomputed",
+        "loss.correction=sequence_mask",
+        "loss.importance_cap=20",
+        "loss.entropy_coef=0.01",
+        "minibatches=2",
+        "advantage.estimator=reinforce++",
+    ),
+    "reward": ("loss.kl_coef=0.1", "loss.kl_in=reward", "advantage.mask_truncated=true", "microbatch_tokens=30"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_four_ranks_give_the_curve_of_one(
+    form: str, run_ranks: Callable[..., None], tiny_model: Path, tmp_path: Path
+) -> None:
+    for ranks in (1, 4):
+        settings = ("steps=3", "lr=1e-3", "microbatch_tokens=100", *FORMS[form])
+        run_ranks(ranks, [str(tiny_model), str(tmp_path / str(ranks)), str(tmp_path / f"{ranks}.json"), "-", *settings])
+    assert_same_curve(curve(tmp_path, "4"), curve(tmp_path, "1"))
 
 
 @pytest.mark.parametrize("name", ["two", "resumed"])
