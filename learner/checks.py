@@ -12,6 +12,7 @@ RATIO_KINDS = ("gspo", "cispo", "aipo")
 
 def check_learner(config: LearnerConfig, batch_groups: int) -> None:
     """Raises: ValueError, in one line naming the settings to change, for the first thing that cannot work."""
+    names_function(config.advantage.estimator)
     for error in (*_wrong_settings(config, batch_groups), *_wrong_loss(config.loss, config.minibatches)):
         raise ValueError(error)
 

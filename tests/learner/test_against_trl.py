@@ -15,7 +15,7 @@ Where definitions differ, and how that is bridged here:
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -253,7 +253,7 @@ def our_loss(
         part = slice(started, started + count)
         more = {"recomputed": of_tokens(case.old)[part].float().numpy()}
         more |= {"reference": of_tokens(case.reference)[part].float().numpy()} if config.kl_coef else {}
-        sequences[index] = type(sequence)(**(sequence.__dict__ | more))
+        sequences[index] = replace(sequence, **more)
         started += count
     ready = weighted(with_advantages(sequences, case.groups, advantages), config)
     microbatches = [m for rank in range(2) for m in plan_microbatches(ready, rank, 2, max_tokens=30)]

@@ -21,8 +21,9 @@ def make_sequences() -> list[Sequence]:
             token_ids=rng.integers(0, 17, length),
             targets=np.arange(1, length),
             logprobs=np.full(length - 1, index, np.float32),  # marks the sequence
-            oldest_version=0,
-            advantage=1.0,
+            lag=0,
+            start=0,
+            advantages=np.ones(length - 1, np.float32),
         )
         for index, length in enumerate(LENGTHS)
     ]
