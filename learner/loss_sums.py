@@ -85,7 +85,7 @@ class _Row:
     """One row of sums, by field."""
 
     def __init__(self, values: list[float]) -> None:
-        self._values = dict(zip(FIELDS, values, strict=True))
+        self._values: dict[str, float] = dict(zip(FIELDS, values, strict=True))
 
     def __getitem__(self, field: str) -> float:
         return self._values[field]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from learner.model import ModelOptions, PolicyModel, build_model, decoder_layers, load_causal_lm
-from learner.packing import MicroBatch, Sequence, plan_microbatches
+from learner.packing import MicroBatch, plan_microbatches
+from learner.sequences import Sequence
 
 LENGTHS = (13, 2, 9, 30, 5, 17)
 TEMPERATURE = 0.7
@@ -50,7 +51,7 @@ def test_packed_equals_unpacked_transformers(gradient_checkpointing: bool, singl
     expected = [plain_logprobs(plain, sequence) for sequence in sequences]
     torch.cat([values for values, _ in expected]).sum().backward()
     for index, (values, entropies) in enumerate(expected):
-        own = microbatch.sampled == index
+        own = microbatch.tokens.sampled == index
         assert torch.allclose(logprobs[own], values, atol=1e-5)
         assert torch.allclose(entropy[own], entropies, atol=1e-5)
     assert_same_gradients(policy, plain)
