@@ -1,6 +1,7 @@
 """From a recipe script and its overrides to the configuration of a run."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _call_recipe(file: Path) -> Any:
-    function: Callable[[], Any] | None = getattr(import_file(file), "recipe", None)
+    module = import_file(file)
+    del sys.modules[module.__name__]
+    function: Callable[[], Any] | None = getattr(module, "recipe", None)
     if not callable(function):
         raise ValueError(f"{file} has no function recipe(): it must return the run's RunConfig")
     try:
