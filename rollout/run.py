@@ -18,6 +18,8 @@ from rewards.pool import RewardPool
 from rollout.config import DraftConfig, RolloutConfig
 from rollout.engine.base import Engine
 from rollout.engine.factory import make_engine
+from rollout.history_in import HistoryReader
+from rollout.lease_work import LeaseWork
 from rollout.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -57,8 +59,10 @@ async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun
             await engine.start()
             logger.info("engine ready, version %d", engine.version)
             detokenize = await asyncio.to_thread(load_detokenizer, run.model)
-            client = make_client(engine.version, lambda: heartbeat(engine))
-            stop = await _serve(client, engine, pool, detokenize, config, run, on_signal)
+            histories = HistoryReader()
+            client = make_client(engine.version, lambda: heartbeat(engine, histories))
+            work = LeaseWork(engine, pool, detokenize, histories)
+            stop = await _serve(client, work, config, run, on_signal)
         finally:
             await asyncio.gather(engine.close(), pool.close(), return_exceptions=True)
     if not stop.ok:
@@ -67,9 +71,7 @@ async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun
 
 async def _serve(
     client: BusClient,
-    engine: Engine,
-    pool: RewardPool,
-    detokenize: Callable[[Sequence[int]], str],
+    work: LeaseWork,
     config: RolloutConfig,
     run: WorkerRun,
     on_signal: "list[Callable[[], None]]",
@@ -79,9 +81,7 @@ async def _serve(
     try:
         worker = Worker(
             client,
-            engine,
-            pool,
-            detokenize,
+            work,
             group_size=run.group_size,
             max_sequences=config.max_sequences,
             ahead=config.ahead,
@@ -94,14 +94,11 @@ async def _serve(
         await asyncio.to_thread(client.close, goodbye)
 
 
-def heartbeat(engine: Engine) -> Heartbeat:
+def heartbeat(engine: Engine, histories: HistoryReader) -> Heartbeat:
     stats = engine.stats()
+    drafting = {**stats.drafting, "malformed_histories": histories.malformed} if stats.drafting else {}
     return Heartbeat(
-        running_sequences=stats.running_sequences,
-        generated_tokens=stats.generated_tokens,
-        drafted_tokens=stats.drafted_tokens,
-        accepted_tokens=stats.accepted_tokens,
-        draft_rounds=stats.draft_rounds,
+        running_sequences=stats.running_sequences, generated_tokens=stats.generated_tokens, drafting=drafting
     )
 
 

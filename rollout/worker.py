@@ -29,8 +29,7 @@ from databus.messages import (
     VersionAnnounced,
     VersionApplied,
 )
-from rollout.engine.base import Engine
-from rollout.lease_work import Detokenize, LeaseWork, Outcome, Scorer
+from rollout.lease_work import LeaseWork, Outcome
 from rollout.versions import Pull, VersionFollower
 from rollout.weights_in import pull_snapshot
 
@@ -68,9 +67,7 @@ class Worker:
     def __init__(
         self,
         bus: Bus,
-        engine: Engine,
-        scorer: Scorer,
-        detokenize: Detokenize,
+        work: LeaseWork,
         *,
         group_size: int,
         max_sequences: int,
@@ -80,8 +77,8 @@ class Worker:
         """Args: ahead: groups to hold beyond those that `max_sequences` has room for, as a share of these."""
         self._bus = bus
         self._capacity = credit_groups(max_sequences, group_size, ahead)
-        self._work = LeaseWork(engine, scorer, detokenize)
-        self._versions = VersionFollower(engine, self._applied, pull)
+        self._work = work
+        self._versions = VersionFollower(work.engine, self._applied, pull)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unsettled: dict[str, _Unsettled] = {}
         self._in_engine: set[str] = set()
