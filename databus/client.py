@@ -92,7 +92,7 @@ class BusClient:
             raise
         if arrived is None:
             self.close()
-            unless = "" if self._keys is None else ", or it does not take this key"
+            unless = ", or it wants another key" if self._address.startswith("tcp://") else ""
             raise BusTimeout(f"no broker answered at {self._address} within {timeout_s:g} s{unless}")
         match arrived.message:
             case Welcome() as welcome:

@@ -18,7 +18,8 @@ def lagging(rates: Mapping[str, float], fraction: float) -> set[str]:
 
 
 def median_of_others(rates: Mapping[str, float], name: str) -> float:
-    return statistics.median(rate for other, rate in rates.items() if other != name)
+    """The lower one where there are two: so never more than half of the workers lag."""
+    return statistics.median_low([rate for other, rate in rates.items() if other != name])
 
 
 def lagging_since(before: Mapping[str, float], now_lagging: Set[str], now: float) -> dict[str, float]:

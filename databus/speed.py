@@ -13,16 +13,17 @@ class Speed:
 
     tokens_per_s: float = 0.0
     busy: bool = False
-    _since: float = 0.0
+    _since: float | None = None
     _tokens: int = 0
     _had_work: bool = True
 
     def take(self, beat: Heartbeat, now: float) -> None:
         """Args: now: on the monotonic clock, seconds."""
         self._had_work &= beat.running_sequences > 0
-        if now - self._since < RATE_WINDOW_S and beat.generated_tokens >= self._tokens:
-            return
-        if self._since:
+        started_anew = beat.generated_tokens < self._tokens
+        if self._since is not None:
+            if now - self._since < RATE_WINDOW_S and not started_anew:
+                return
             self.tokens_per_s = max(0, beat.generated_tokens - self._tokens) / (now - self._since)
             self.busy = self._had_work
         self._since, self._tokens, self._had_work = now, beat.generated_tokens, beat.running_sequences > 0

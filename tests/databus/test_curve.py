@@ -62,7 +62,7 @@ def test_a_run_with_keys(keys: Path) -> None:
 
 
 def test_unknown_key_gets_nothing(broker: BrokerSocket, keys: Path) -> None:
-    assert "or it does not take this key" in str(say_hello(broker.address, stranger(keys)))
+    assert "or it wants another key" in str(say_hello(broker.address, stranger(keys)))
     assert broker.receive(0.3) is None
 
 
