@@ -105,7 +105,7 @@ class Outsider:
 @pytest.mark.timeout(600)
 def test_workers_join_over_tcp_with_keys_and_leave(write_recipe, start_run, tiny_model: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    settings = ("bus.address=tcp://127.0.0.1:*", "learner.steps=10000", "eval.every=0", "bus.lease_s=30")
+    settings = ("bus.address=tcp://0.0.0.0:*", "learner.steps=10000", "eval.every=0", "bus.lease_s=30")
     run = start_run(recipe, tmp_path / "run", *settings)
     run.wait_for(lambda: len(run.rows()) >= 2)
     model = tmp_path / "elsewhere" / "model"
