@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from databus.messages import Status, WorkerStatus
+from databus.messages import WorkerStatus
 from echelon.cli import OK
 from echelon.config import RunConfig
 from echelon.failures import RunFailed, first_cause, names
@@ -118,12 +118,12 @@ class Supervisor:
         """What has to happen all the time. Raises: Interrupted."""
         time.sleep(TICK_S)
         self._interrupts.check()
-        if self._observer is not None:
-            self._take_status(self._observer.poll())
+        self._ask_broker()
         self._read_rows()
         self._view.update(self._progress)
 
-    def _take_status(self, status: Status | None) -> None:
+    def _ask_broker(self) -> None:
+        status = None if self._observer is None else self._observer.poll()
         if status is not None:
             self._progress.status, self._status_at = status, time.monotonic()
             self._replacements.take(status.drained, self._roster.children)
@@ -151,7 +151,7 @@ class Supervisor:
         if present - self._ready:
             self._ready |= present
             self._progress_at = time.monotonic()
-        self._progress_at = max(self._progress_at, time.monotonic() - status.last_progress_s)
+        self._progress_at = max(self._progress_at, self._status_at - status.last_progress_s)
         missing = self._missing()
         if missing:
             self._enter(f"starting {names([self._title(name) for name in missing])}")
@@ -196,6 +196,7 @@ class Supervisor:
             if child.exit_code() is None or self._may_end(child):
                 continue
             time.sleep(SETTLE_S)  # others may be about to say what came first
+            self._ask_broker()
             if self._may_restart(child):
                 self._restart(child)
             elif self._may_go_without(child):

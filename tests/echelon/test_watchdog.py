@@ -115,15 +115,16 @@ def test_hung_reward_is_named(write_recipe, start_run, tmp_path: Path) -> None:
 
 @slow
 @pytest.mark.timeout(600)
-def test_stopped_worker_is_named(write_recipe, start_run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("role", "name"), [("worker", "worker-0"), ("broker", "broker")])
+def test_stopped_process_is_named(write_recipe, start_run, tmp_path: Path, role: str, name: str) -> None:
     run = start_run(write_recipe(tmp_path), tmp_path / "run", *SETTINGS)
     run.wait_for(lambda: len(run.rows()) >= 2)
-    stopped = run.role("echelon.roles.worker")
+    stopped = run.role(f"echelon.roles.{role}")
     stopped.send_signal(signal.SIGSTOP)
     line, report = ending(run)
-    assert f"worker-0 (pid {stopped.pid}) is stopped (SIGSTOP)" in line
-    assert f"worker-0: pid {stopped.pid}, stopped" in report
-    assert "nothing: it does not answer signals" in report.partition("stacks of worker-0:")[2]
+    assert f"{name} (pid {stopped.pid}) is stopped (SIGSTOP)" in line
+    assert f"{name}: pid {stopped.pid}, stopped" in report
+    assert "nothing: it does not answer signals" in report.partition(f"stacks of {name}:")[2]
 
 
 @slow
