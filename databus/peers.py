@@ -35,6 +35,8 @@ MAY_SEND: dict[Role, tuple[type, ...]] = {
     "observer": (Heartbeat, Goodbye, StatusRequest),
 }
 
+MISSED_HEARTBEATS = 2
+
 
 @dataclass
 class Peer:
@@ -76,8 +78,9 @@ class Peer:
 class Peers:
     """The table of connected peers."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, heartbeat_s: float) -> None:
         self._timeout_s = timeout_s
+        self._missed_s = MISSED_HEARTBEATS * heartbeat_s
         self._peers: dict[str, Peer] = {}
 
     def __iter__(self) -> Iterator[Peer]:
@@ -122,8 +125,13 @@ class Peers:
         return self._peers.pop(name, None)
 
     def silent(self, now: float) -> list[Peer]:
-        """Peers that have not been heard for too long."""
-        return [peer for peer in self if now - peer.heard > self._timeout_s]
+        """Peers that have not been heard for too long; of a worker that is known to have ended, for long enough."""
+        return [
+            peer
+            for peer in self
+            if now - peer.heard > self._timeout_s
+            or (peer.role == "worker" and now - peer.heard > self._missed_s and not is_alive(peer.hello))
+        ]
 
     def worker_statuses(self, leased: dict[str, int], now: float) -> tuple[WorkerStatus, ...]:
         """Args: leased: groups each worker holds."""

@@ -114,7 +114,7 @@ def new_state(
         evaluations=Evaluations(
             len(evals), config.eval_every, config.steps, config.eval_threshold, config.eval_timeout_s
         ),
-        peers=Peers(config.bus.peer_timeout_s),
+        peers=Peers(config.bus.peer_timeout_s, config.bus.heartbeat_s),
         metrics=StepMetrics(),
         step=config.start_step,
         scheduler=scheduler,

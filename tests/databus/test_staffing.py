@@ -1,5 +1,7 @@
 """Spares, slow workers, and workers that leave: who is leased to."""
 
+import socket
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +61,26 @@ def test_spare_works_while_a_worker_is_missing_and_no_longer(address: str) -> No
     assert receives_nothing(spare, Lease)
     for client in (spare, back):
         client.close("done")
+
+
+def test_leases_of_a_process_that_has_ended_go_back_soon(address: str) -> None:
+    """Not after `peer_timeout_s`: on the broker's own machine the kernel can be asked."""
+    bus = BusConfig(heartbeat_s=0.1, peer_timeout_s=60.0, lease_s=60.0)
+    RunningBroker(broker_config(address, steps=100, bus=bus))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    worker = connect(address, "worker-0", "worker", max_sequences=4, pid=ended.pid, host=socket.gethostname())
+    worker.send(Credits(total=1))
+    lease = receive(worker, Lease)
+    other = connect(address, "worker-1", "worker", max_sequences=4)
+    time.sleep(0.5)
+    other.send(Credits(total=1))
+    assert receive(other, Lease).cursor != lease.cursor, "it is heard, so it lives, whatever its pid says"
+    worker.close()
+    time.sleep(1.0)
+    other.send(Credits(total=2))
+    assert receive(other, Lease).cursor == lease.cursor
+    other.close("done")
 
 
 def test_worker_that_leaves_gets_nothing_more_and_hands_back(address: str) -> None:

@@ -65,7 +65,7 @@ def test_who_is_sent_away_and_stays_is_ended_but_not_its_successor(monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_spare_takes_the_place_of_a_worker_that_was_killed(write_recipe, start_run, tmp_path: Path) -> None:
-    settings = ("rollout.spares=1", "learner.steps=10000", "eval.every=0")
+    settings = ("rollout.spares=1", "bus.heartbeat_s=0.5", "learner.steps=10000", "eval.every=0")
     run = start_run(write_recipe(tmp_path), tmp_path / "run", *settings)
     run.wait_for(lambda: len(run.rows()) >= 2 and run.worker("worker-1") is not None)
     run.wait_for(lambda: run.worker("worker-1").standing == "spare" and run.worker("worker-1").leased_groups == 0)
