@@ -93,6 +93,7 @@ class BrokerSocket:
         try:
             _refuse_taken_ipc(address)
             self._socket.bind(address)
+            _keep_for_owner(address)
         except zmq.ZMQError as error:
             self.close()
             raise ValueError(
@@ -145,6 +146,12 @@ class BrokerSocket:
         if self._doorkeeper is not None:
             self._doorkeeper.close()
         self._context.term()
+
+
+def _keep_for_owner(address: str) -> None:
+    """There are no keys on ipc: whoever may write to the file may connect, by default the owner's group, too."""
+    if address.startswith("ipc://"):
+        os.chmod(address.removeprefix("ipc://"), 0o600)
 
 
 def _refuse_taken_ipc(address: str) -> None:

@@ -1,6 +1,8 @@
 """Sockets, names, deadlines: the bus without a broker's logic."""
 
+import os
 import socket
+import stat
 import threading
 import time
 from pathlib import Path
@@ -91,6 +93,16 @@ def test_ipc_socket_of_a_living_broker_is_not_taken_over(address: str) -> None:
         BrokerSocket(address, LIMIT)
     broker.close()
     BrokerSocket(address, LIMIT).close()  # what a dead one left behind is no obstacle
+
+
+def test_ipc_socket_is_for_its_owner_alone(address: str) -> None:
+    before = os.umask(0)
+    try:
+        broker = BrokerSocket(address, LIMIT)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(address.removeprefix("ipc://")).st_mode) == 0o600
+    broker.close()
 
 
 def _listens_on_ipv6() -> bool:
