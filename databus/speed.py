@@ -9,21 +9,35 @@ RATE_WINDOW_S = 10.0
 
 @dataclass
 class Speed:
-    """tokens_per_s: over the last whole window, 0 before there is one. busy: it had work all through that window."""
+    """Tokens a second over the last whole window.
+
+    tokens_per_s: of all its time, 0 before there is a window. working_tokens_per_s: of the time between heartbeats in
+    which it had work, so that a worker which waits for others is not taken for a slow one; None where it had none.
+    """
 
     tokens_per_s: float = 0.0
-    busy: bool = False
+    working_tokens_per_s: float | None = None
     _since: float | None = None
-    _tokens: int = 0
-    _had_work: bool = True
+    _since_tokens: int = 0
+    _last: float = 0.0
+    _last_tokens: int = 0
+    _working_s: float = 0.0
 
     def take(self, beat: Heartbeat, now: float) -> None:
         """Args: now: on the monotonic clock, seconds."""
-        self._had_work &= beat.running_sequences > 0
-        started_anew = beat.generated_tokens < self._tokens
-        if self._since is not None:
-            if now - self._since < RATE_WINDOW_S and not started_anew:
-                return
-            self.tokens_per_s = max(0, beat.generated_tokens - self._tokens) / (now - self._since)
-            self.busy = self._had_work
-        self._since, self._tokens, self._had_work = now, beat.generated_tokens, beat.running_sequences > 0
+        if self._since is None or beat.generated_tokens < self._last_tokens:  # its first, or it has started anew
+            self._begin_window(beat, now)
+            return
+        if beat.running_sequences > 0 or beat.generated_tokens > self._last_tokens:
+            self._working_s += now - self._last
+        self._last, self._last_tokens = now, beat.generated_tokens
+        if now - self._since >= RATE_WINDOW_S:
+            tokens = beat.generated_tokens - self._since_tokens
+            self.tokens_per_s = tokens / (now - self._since)
+            self.working_tokens_per_s = tokens / self._working_s if self._working_s else None
+            self._begin_window(beat, now)
+
+    def _begin_window(self, beat: Heartbeat, now: float) -> None:
+        self._since = self._last = now
+        self._since_tokens = self._last_tokens = beat.generated_tokens
+        self._working_s = 0.0

@@ -38,21 +38,21 @@ class Staffing:
     def _drain_slow(self, now: float) -> None:
         bus = self._state.config.bus
         rates = {
-            worker.name: worker.tokens_per_s
+            worker.name: rate
             for worker in self._state.peers.workers()
-            if worker.standing == "working" and worker.speed.busy
+            if worker.standing == "working" and (rate := worker.speed.working_tokens_per_s) is not None
         }
         self._lagging_since = lagging_since(self._lagging_since, lagging(rates, bus.slow_fraction), now)
         name = slowest(self._lagging_since, rates, now, bus.slow_s)
         worker = None if name is None else self._state.peers.get(name)
         if worker is not None:
-            usual = median_of_others(rates, worker.name)
-            self._drain(worker, f"slow: {worker.tokens_per_s:.0f} tokens/s, the others' median is {usual:.0f}")
+            self._drain(worker, rates[worker.name], median_of_others(rates, worker.name))
 
-    def _drain(self, worker: Peer, reason: str) -> None:
+    def _drain(self, worker: Peer, rate: float, usual: float) -> None:
+        reason = f"slow: {rate:.0f} tokens/s, the others' median is {usual:.0f}"
         logger.warning("%s is sent away: %s", worker.name, reason)
         self._state.send(worker.name, Drain(reason=reason))
-        self._state.metrics.slow(worker.name, worker.tokens_per_s)
+        self._state.metrics.slow(worker.name, rate)
         self.drained[worker.name] = reason
         worker.standing = "leaving"
 
