@@ -16,7 +16,7 @@ class BusConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     address: where the broker listens; "auto" is an ipc socket of the run, `tcp://HOST:PORT` serves other machines.
     keys: folder of the CURVE keys that tcp sockets use (`echelon keys new`); "auto": the run makes its own.
     plain: no keys and no encryption on tcp, which is then allowed on loopback alone.
-    slow_fraction, slow_s: a worker that has work and stays below this share of the median tokens/s of the others for
+    slow_fraction, slow_s: a worker that, while it has work, stays below this share of the others' median tokens/s for
         so long is sent away, and replaced where the supervisor started it. 0: none is.
     heartbeat_s: how often every peer is heard.
     peer_timeout_s: silence after which a peer is taken for dead and loses its leases.

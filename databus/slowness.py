@@ -10,7 +10,7 @@ MIN_WORKERS = 3
 def lagging(rates: Mapping[str, float], fraction: float) -> set[str]:
     """Those whose rate is below `fraction` of the median of the others'; nobody among fewer than three.
 
-    Args: rates: tokens a second, of workers that have had work all along.
+    Args: rates: tokens a second, of the time in which a worker had work.
     """
     if len(rates) < MIN_WORKERS:
         return set()
