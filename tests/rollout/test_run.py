@@ -30,6 +30,7 @@ from databus.messages import (
     HeartbeatReply,
     Hello,
     Lease,
+    Leaving,
     ManifestRequest,
     Released,
     Sampling,
@@ -59,7 +60,7 @@ def make_client(version, heartbeat):
 if __name__ == "__main__":
     die_with_parent()
     asyncio.run(run_worker(
-        RolloutConfig(engine="small", context_tokens=4000, max_sequences=8),
+        RolloutConfig(engine="small", context_tokens=4000, max_sequences=8, drain_s=4.0),
         RewardConfig(function="mine.py:reward"),
         WorkerRun(model=sys.argv[1], seed=0, group_size=4, reward_dir=Path(sys.argv[3])),
         make_client,
@@ -222,15 +223,34 @@ def test_a_worker_from_hello_to_goodbye(
         assert process.wait(20) == 0
 
 
-def test_sigterm_gives_leases_back(tiny_model: Path, tmp_path: Path, broker: Broker) -> None:
+def test_sigterm_finishes_what_it_can_and_gives_the_rest_back(tiny_model: Path, tmp_path: Path, broker: Broker) -> None:
+    with worker(tiny_model, broker, tmp_path) as process:
+        broker.wait(Credits)
+        broker.say(lease("short", tokens=300))
+        broker.say(lease("endless", tokens=3900, group_size=64))
+        wait_until_it_generates(broker)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert broker.wait(Leaving)[0].reason == "told to leave"
+        assert broker.wait(Released)[0].group_ids == ("endless",)
+        assert [each.group_id for each in broker.all(Completed)] == ["short"]
+        assert broker.wait(Goodbye)[0].reason == "told to leave"
+        assert process.wait(20) == 0
+        assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_sigint_gives_leases_back_at_once(tiny_model: Path, tmp_path: Path, broker: Broker) -> None:
     with worker(tiny_model, broker, tmp_path) as process:
         broker.wait(Credits)
         broker.say(lease("endless", tokens=3900, group_size=64))
-        while not any(beat.generated_tokens for beat in broker.all(Heartbeat)):
-            broker.wait(Heartbeat, len(broker.all(Heartbeat)) + 1)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
+        wait_until_it_generates(broker)
+        process.send_signal(signal.SIGINT)
         assert broker.wait(Released)[0].group_ids == ("endless",)
         assert broker.wait(Goodbye)[0].reason == "told to stop"
+        assert not broker.all(Leaving)
         assert process.wait(20) == 0
-        assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def wait_until_it_generates(broker: Broker) -> None:
+    while not any(beat.generated_tokens for beat in broker.all(Heartbeat)):
+        broker.wait(Heartbeat, len(broker.all(Heartbeat)) + 1)
