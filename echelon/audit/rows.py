@@ -35,11 +35,13 @@ def check_rows(
 def _check_row(row: Mapping[str, Any], taken: TakenStep, findings: Findings) -> None:
     """The learner's figures win where a name is in both, as they do in a row."""
     for name, expected in sorted((taken.row | taken.metrics).items()):
-        found = row.get(name)
-        if not isinstance(found, int | float) or not is_close(found, expected):
-            what = f"metrics.jsonl has {name} {found}, the journal {expected}"
+        if not _agree(row.get(name), expected):
+            what = f"metrics.jsonl has {name} {row.get(name)}, the journal {expected}"
             findings.add("metrics", what, step=row["step"])
 
 
-def is_close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+def _agree(found: object, expected: float) -> bool:
+    """JSON has null for what is not finite."""
+    if not isinstance(found, int | float):
+        return found is None and not math.isfinite(expected)
+    return math.isclose(found, expected, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
