@@ -182,6 +182,21 @@ def test_command_names_the_first_difference(recorded: RunFolder, tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_command_uses_as_many_ranks_as_the_run(
+    recorded: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Recorded by one rank, taken again by two: sums in another order, so not the same bits."""
+    folder = copied(recorded, tmp_path / "run")
+    config = folder.config()
+    learner = msgspec.structs.replace(config.learner, ranks=2)
+    folder.config_file.write_bytes(msgspec.json.encode(msgspec.structs.replace(config, learner=learner)))
+    assert main(["replay", str(folder.path), "--tolerance", "0.01"]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.endswith("4 steps came out the same\n")
+    assert main(["replay", str(folder.path)]) == 1
+    assert "differs: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_command_says_why_it_failed(recorded: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = copied(recorded, tmp_path / "run")
     config = msgspec.structs.replace(folder.config(), model=str(tmp_path / "gone"))

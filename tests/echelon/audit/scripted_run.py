@@ -11,10 +11,10 @@ import msgspec
 from scripted import make_group
 
 from databus.batches import BatchQueue, CutBatch, Waiting
-from databus.codec import Frame, encode_columns
+from databus.codec import Frame, decode_columns, encode_columns
 from databus.config import StalePolicy
-from databus.groups import Group
-from databus.journal import Journal
+from databus.groups import Group, group_from_columns
+from databus.journal import Journal, read_journal, segment_path, segments
 from databus.ledger import Entry, Ledger
 from databus.messages import Position
 from databus.records import (
@@ -47,11 +47,55 @@ MAX_STALENESS = 1
 Item = tuple[Record, Sequence[Frame]]
 
 
-class ScriptedRun:
+class JournalRecords:
+    """A journal's records in a list, where a test can change them."""
+
+    def __init__(self, records: list[Item]) -> None:
+        self.records = records
+
+    @classmethod
+    def read(cls, folder: Path) -> "JournalRecords":
+        return cls([(entry.record, entry.frames) for entry in read_journal(folder)])
+
+    def where(self, kind: type, **fields: Any) -> list[int]:
+        """Indices of records of a kind."""
+        return [
+            index
+            for index, (record, _) in enumerate(self.records)
+            if isinstance(record, kind) and all(getattr(record, name) == value for name, value in fields.items())
+        ]
+
+    def change(self, index: int, **fields: Any) -> None:
+        record, frames = self.records[index]
+        self.records[index] = (msgspec.structs.replace(record, **fields), frames)
+
+    def group(self, index: int) -> Group:
+        record, frames = self.records[index]
+        assert isinstance(record, GroupCompleted)
+        return group_from_columns(decode_columns(record.columns, frames))
+
+    def change_group(self, index: int, **columns: Any) -> None:
+        """Other columns for a completed group."""
+        described, frames = encode_columns(self.group(index).columns() | columns)
+        self.change(index, columns=described)
+        self.records[index] = (self.records[index][0], frames)
+
+    def write_journal(self, folder: Path) -> None:
+        """A segment for every state that was saved."""
+        journal = Journal(folder)
+        for index, (record, frames) in enumerate(self.records):
+            if isinstance(record, StateSaved) and index:
+                journal.roll(record)
+            else:
+                journal.append(record, frames)
+        journal.close()
+
+
+class ScriptedRun(JournalRecords):
     """Two groups of two completions a batch, at most one version behind."""
 
     def __init__(self, stale_policy: StalePolicy = "drop") -> None:
-        self.records: list[Item] = []
+        super().__init__([])
         self.rows: list[dict[str, Any]] = []
         self.positions: dict[int, Position] = {}
         self.step = 0
@@ -198,43 +242,16 @@ class ScriptedRun:
         else:
             self.ledger.settle(entry, "stale")
 
-    # ------------------------------------------------------------ for planting violations
-
-    def where(self, kind: type, **fields: Any) -> list[int]:
-        """Indices of records of a kind."""
-        return [
-            index
-            for index, (record, _) in enumerate(self.records)
-            if isinstance(record, kind) and all(getattr(record, name) == value for name, value in fields.items())
-        ]
-
-    def change(self, index: int, **fields: Any) -> None:
-        record, frames = self.records[index]
-        self.records[index] = (msgspec.structs.replace(record, **fields), frames)
-
-    def change_group(self, index: int, **columns: Any) -> None:
-        """Other columns for a completed group."""
-        record, _ = self.records[index]
-        assert isinstance(record, GroupCompleted)
-        group = self.group(index)
-        described, frames = encode_columns(group.columns() | columns)
-        self.records[index] = (msgspec.structs.replace(record, columns=described), frames)
-
-    def group(self, index: int) -> Group:
-        from databus.codec import decode_columns
-        from databus.groups import group_from_columns
-
-        record, frames = self.records[index]
-        assert isinstance(record, GroupCompleted)
-        return group_from_columns(decode_columns(record.columns, frames))
-
     # ------------------------------------------------------------ on disk
 
     def write(self, path: Path, drop_before: int = 0) -> RunFolder:
         """A run's folder. Args: drop_before: the first segment that is kept."""
         folder = RunFolder(path)
         path.mkdir(parents=True)
-        write_journal(folder.journal, self.records, drop_before)
+        self.write_journal(folder.journal)
+        for number in segments(folder.journal):
+            if number < drop_before:
+                segment_path(folder.journal, number).unlink()
         config = RunConfig(
             model="none",
             data=DataConfig(train="none"),
@@ -260,14 +277,3 @@ class ScriptedRun:
 
     def audit(self, path: Path, drop_before: int = 0) -> AuditReport:
         return audit_run(self.write(path, drop_before))
-
-
-def write_journal(folder: Path, records: Sequence[Item], drop_before: int = 0) -> None:
-    journal = Journal(folder)
-    for record, frames in records:
-        if isinstance(record, StateSaved) and journal.segment_bytes > 16:
-            journal.roll(record)
-        else:
-            journal.append(record, frames)
-    journal.close()
-    journal.drop_before(drop_before)
