@@ -15,25 +15,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import psutil
 import zmq
-from bus_broker import ADDRESS_FILE
+from bus_broker import ADDRESS_FILE, KEYS
 from bus_codecs import CODECS, measure_codec
-from bus_load import MAX_MESSAGE_BYTES, PATIENCE_S, Load, run_load
+from bus_load import MAX_MESSAGE_BYTES, PATIENCE_S, LeanLearner, Load, run_load
 from common import Bar, hardware, write_result
 
 from databus.config import BrokerConfig, BusConfig
+from databus.keys import client_keys, new_keys
+from databus.messages import Role
 from databus.transport import make_socket, new_route
 
 HERE = Path(__file__).resolve().parent
 GROUP_SIZE, TOKENS = 16, 2000
 BATCH_GROUPS, MAX_STALENESS = 64, 2
 MIB = 1 << 20
+DISK = HERE.parent / ".cache"
+"""Where journals are written: not /tmp, which may be memory."""
 
 
 def broker_config(address: str, load: Load) -> BrokerConfig:
@@ -75,16 +78,21 @@ def running_broker(address: str, load: Load, folder: Path) -> Iterator[tuple[psu
         process.wait()
 
 
-def drive(load: Load, each_batch: Callable[[psutil.Process, int], object] = lambda process, step: None) -> Any:
+def drive(
+    load: Load,
+    encrypted: bool = False,
+    each_batch: Callable[[psutil.Process, int], object] = lambda process, step: None,
+) -> LeanLearner:
     """Run `load` through a new broker. Returns: the learner, which knows when its batches came."""
-    with (
-        tempfile.TemporaryDirectory(dir=HERE.parent / ".cache") as folder,  # on a disk, not in memory
-        zmq.Context() as context,
-        running_broker("tcp://127.0.0.1:*", load, Path(folder)) as (process, address),
-    ):
+    with tempfile.TemporaryDirectory(dir=DISK) as name, zmq.Context() as context, ExitStack() as stack:
+        folder = Path(name)
+        if encrypted:
+            new_keys(folder / KEYS)
+        process, address = stack.enter_context(running_broker("tcp://127.0.0.1:*", load, folder))
 
-        def connect(role: str) -> zmq.Socket:
-            socket = make_socket(context, zmq.DEALER, MAX_MESSAGE_BYTES)
+        def connect(role: Role) -> zmq.Socket:
+            keys = client_keys(folder / KEYS, role) if encrypted else None
+            socket = make_socket(context, zmq.DEALER, MAX_MESSAGE_BYTES, keys)
             socket.setsockopt(zmq.IDENTITY, new_route("learner" if role == "learner" else "worker-0"))
             socket.connect(address)
             return socket
@@ -92,9 +100,9 @@ def drive(load: Load, each_batch: Callable[[psutil.Process, int], object] = lamb
         return run_load(load, connect, lambda step: each_batch(process, step))
 
 
-def completions_per_s(steps: int) -> float:
+def completions_per_s(steps: int, encrypted: bool) -> float:
     load = Load(GROUP_SIZE, TOKENS, steps + 5, warm_up=5, credit=2 * BATCH_GROUPS)
-    times = drive(load).batch_times
+    times = drive(load, encrypted).batch_times
     return steps * BATCH_GROUPS * GROUP_SIZE / (times[-1] - times[load.warm_up - 1])
 
 
@@ -107,7 +115,7 @@ def memory(num_groups: int) -> dict[str, float]:
         if step >= load.warm_up and step % 16 == 0:
             resident.append(process.memory_info().rss / MIB)
 
-    times = drive(load, look).batch_times
+    times = drive(load, each_batch=look).batch_times
     return {
         "groups": load.steps * BATCH_GROUPS,
         "warm_mib": resident[0],
@@ -128,7 +136,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="batches of 64 groups that a repeat measures")
     parser.add_argument("--million", action="store_true", help="memory over a million groups, some minutes")
     args = parser.parse_args()
-    questions: dict[str, Callable[[], float]] = {"bus": lambda: completions_per_s(args.steps)}
+    DISK.mkdir(exist_ok=True)
+    questions: dict[str, Callable[[], float]] = {
+        "bus": lambda: completions_per_s(args.steps, encrypted=False),
+        "bus with CURVE": lambda: completions_per_s(args.steps, encrypted=True),
+    }
     for name in CODECS:
         num_groups = 60 if name == "msgspec lists" else 400
         questions[f"codec {name}"] = lambda name=name, num=num_groups: measure_codec(name, GROUP_SIZE, TOKENS, num)
@@ -143,6 +155,7 @@ def main() -> None:
     columns = rates["codec columns"]["median"]
     bars = [
         Bar("completions/s to a batch", rates["bus"]["median"], 13_000, "at least"),
+        Bar("completions/s to a batch, with CURVE", rates["bus with CURVE"]["median"], 10_000, "at least"),
         Bar("codec over msgspec lists", columns / rates["codec msgspec lists"]["median"], 8, "at least"),
         Bar("codec over pickle 5", columns / rates["codec pickle 5"]["median"], 2, "at least"),
         Bar("memory gained after a tenth of the groups, MiB", flat["most_mib"] - flat["warm_mib"], 16, "at most"),
@@ -150,7 +163,7 @@ def main() -> None:
     write_result(
         args.json,
         question=(__doc__ or "").splitlines()[0],
-        figures={"bus_completions_per_s": rates["bus"], "memory": flat},
+        figures={"completions_per_s": {name: rates[name] for name in ("bus", "bus with CURVE")}, "memory": flat},
         peers={name: rates[f"codec {name}"] for name in CODECS},
         bars=bars,
         device=hardware(),

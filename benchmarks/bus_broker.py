@@ -2,7 +2,7 @@
 
     python benchmarks/bus_broker.py FOLDER SETTINGS_JSON
 
-It writes the address that it listens on to FOLDER/address.
+It writes the address that it listens on to FOLDER/address. Where there is FOLDER/keys, its socket uses them.
 """
 
 import sys
@@ -14,10 +14,11 @@ from bus_load import PROMPT_IDS
 
 from databus.broker import Broker
 from databus.config import BrokerConfig
+from databus.keys import server_keys
 from databus.process import die_with_parent
 from databus.prompts import Prompt, SampledGroup
 
-ADDRESS_FILE = "address"
+ADDRESS_FILE, KEYS = "address", "keys"
 
 
 class OnePrompt:
@@ -37,7 +38,8 @@ def main() -> None:
     die_with_parent()
     folder, settings = Path(sys.argv[1]), sys.argv[2]
     config = msgspec.json.decode(settings, type=BrokerConfig)
-    broker = Broker(config, OnePrompt(), [], NoSink())
+    keys = server_keys(folder / KEYS, "broker") if (folder / KEYS).exists() else None
+    broker = Broker(config, OnePrompt(), [], NoSink(), keys=keys)
     temporary = folder / "address.new"
     temporary.write_text(broker.address)
     temporary.rename(folder / ADDRESS_FILE)

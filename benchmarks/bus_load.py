@@ -22,6 +22,7 @@ from databus.messages import (
     Goodbye,
     Hello,
     Lease,
+    Role,
     StepDone,
     Stop,
     ToLearner,
@@ -36,7 +37,7 @@ PROMPT_IDS = (1, 2, 3, 4, 5, 6, 7, 8)
 MAX_MESSAGE_BYTES = 1 << 28
 PATIENCE_S = 60.0
 
-Connect = Callable[[str], zmq.Socket]
+Connect = Callable[[Role], zmq.Socket]
 """From a role (`worker`, `learner`) to a DEALER that is connected to the broker."""
 
 
@@ -142,10 +143,9 @@ class LeanLearner:
 
 def run_load(load: Load, connect: Connect, each_batch: Callable[[int], object] = lambda step: None) -> LeanLearner:
     """Both peers until the broker says stop. Raises: TimeoutError where it says nothing for a minute."""
-    sockets = {role: connect(role) for role in ("worker", "learner")}
-    worker = LeanWorker(sockets["worker"], load)
-    learner = LeanLearner(sockets["learner"], "tcp://127.0.0.1:1")
-    peers = {sockets["worker"]: worker, sockets["learner"]: learner}
+    worker_socket, learner_socket = connect("worker"), connect("learner")
+    worker, learner = LeanWorker(worker_socket, load), LeanLearner(learner_socket, "tcp://127.0.0.1:1")
+    peers = {worker_socket: worker, learner_socket: learner}
     poller = zmq.Poller()
     for socket in peers:
         poller.register(socket, zmq.POLLIN)
