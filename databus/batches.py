@@ -62,15 +62,18 @@ class BatchQueue:
         """The batch of `step`, oldest groups first; None while too few are fresh.
 
         Every group that this step may not train is taken out and given to `on_stale`: no later step could train it
-        either. Under `mask`, tokens are masked in the batch alone.
+        either. Nobody looks before there are enough groups for a batch: this is asked every turn. Under `mask`, tokens
+        are masked in the batch alone.
         """
+        size = self._gate.batch_groups
+        if len(self._waiting) < size:
+            return None
         fresh: list[Waiting] = []
         for waiting in self._waiting:
             if self._gate.can_train(waiting.loss_versions, step):
                 fresh.append(waiting)
             else:
                 on_stale(waiting.entry)
-        size = self._gate.batch_groups
         if len(fresh) < size:
             self._waiting = fresh
             return None

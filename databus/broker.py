@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.2
 MAX_MESSAGES_A_TICK = 256
 GOODBYE_TIMEOUT_S = 60.0
+MAX_REASON = 500
 ENDED = ("finished", "failed")
 
 
@@ -75,6 +76,7 @@ class Broker:
         self._socket = BrokerSocket(config.address, config.bus.max_message_bytes, keys)
         self.address = self._socket.address
         self.refused = 0
+        self._refusal_logged = -1.0
         self._config = config
         self._state = new_state(
             config, prompts, evals, filters, self._socket.send, position, scheduler=scheduler, placement=placement
@@ -144,8 +146,8 @@ class Broker:
                 raise MalformedMessage(f"a {peer.role} may not send {type(message).__name__}")
             self._dispatch(peer, message, frames)
         except MalformedMessage as error:
-            logger.warning("message of %r refused: %s", name, error)
             self._refuse(route, str(error))
+            self._log_refusal(name, str(error))
 
     def _dispatch(self, peer: Peer, message: ToBroker, frames: Sequence[Frame]) -> None:
         match message:
@@ -212,8 +214,16 @@ class Broker:
         return self._state.peers.objection(sender, hello, self._config.run_id, newest)
 
     def _refuse(self, route: bytes, reason: str) -> None:
+        """What is refused may be long and hostile, and so may what is said of it."""
         self.refused += 1
-        self._socket.answer(route, Refused(reason=reason))
+        self._socket.answer(route, Refused(reason=reason[:MAX_REASON]))
+
+    def _log_refusal(self, name: str, reason: str) -> None:
+        """One a second at most: nobody may fill the log."""
+        now = time.monotonic()
+        if now - self._refusal_logged >= 1.0:
+            self._refusal_logged = now
+            logger.warning("message of %r refused, %d by now: %s", name[:MAX_REASON], self.refused, reason[:MAX_REASON])
 
     def _lost(self, peer: Peer, why: str) -> None:
         """Raises: LearnerLost, unless its work is done."""

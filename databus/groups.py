@@ -54,9 +54,16 @@ class Group:
         """int32 [T]: the policy version that sampled each token."""
         return np.repeat(self.version_values, self.version_lengths)
 
+    def loss_tokens(self) -> tuple[Array, Array]:
+        """(versions int32 [L], tokens int64 [L]): each span of one version with loss-bearing tokens, and how many."""
+        spans = self.version_lengths > 0  # `reduceat` would count the next token for an empty one
+        lengths = self.version_lengths[spans]
+        tokens = np.add.reduceat(self.loss_mask, np.cumsum(lengths) - lengths, dtype=np.int64)
+        return self.version_values[spans][tokens > 0], tokens[tokens > 0]
+
     def loss_versions(self) -> tuple[int, int] | None:
         """The oldest and the newest version among loss-bearing tokens; None where no token bears loss."""
-        versions = self.token_versions()[self.loss_mask.astype(bool)]
+        versions, _ = self.loss_tokens()
         return (int(versions.min()), int(versions.max())) if versions.size else None
 
     def oldest_loss_version(self) -> int | None:

@@ -93,10 +93,13 @@ def _length_metrics(batch: CutBatch) -> dict[str, float]:
 
 def _staleness_metrics(batch: CutBatch) -> dict[str, float]:
     """Lags of loss-bearing tokens, in versions."""
-    lags = np.concatenate(
-        [batch.step - item.group.token_versions()[item.group.loss_mask.astype(bool)] for item in batch.groups]
-    )
-    return {"staleness/max_versions": float(lags.max()), "staleness/mean_versions": float(lags.mean())}
+    spans = [item.group.loss_tokens() for item in batch.groups]
+    lags = batch.step - np.concatenate([versions for versions, _ in spans])
+    tokens = np.concatenate([tokens for _, tokens in spans])
+    return {
+        "staleness/max_versions": float(lags.max()),
+        "staleness/mean_versions": float(lags @ tokens / tokens.sum()),
+    }
 
 
 class RowQueue:

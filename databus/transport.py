@@ -103,9 +103,12 @@ class BrokerSocket:
 
     def receive(self, timeout_s: float) -> Received | None:
         """The next message; None if none came in time. A malformed one is returned as what is wrong with it."""
-        if not self._socket.poll(max(0, int(timeout_s * 1000))):
+        parts = self._next_parts()
+        if parts is None and timeout_s > 0 and self._socket.poll(int(timeout_s * 1000)):
+            parts = self._next_parts()
+        if parts is None:
             return None
-        identity, *frames = self._socket.recv_multipart(copy=False)
+        identity, *frames = parts
         route = bytes(identity.buffer)
         peer = route.decode(errors="replace").partition(ROUTE_TAG)[0]
         role = None if self._doorkeeper is None else role_of(identity)
@@ -118,6 +121,12 @@ class BrokerSocket:
         if isinstance(message, Hello):
             self._routes.setdefault(peer, route)  # a free seat is taken by whoever asks first
         return Received(peer, message, [frame.buffer for frame in frames[1:]], route, role)
+
+    def _next_parts(self) -> list[zmq.Frame] | None:
+        try:
+            return self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return None
 
     def seat(self, peer: str, route: bytes) -> None:
         """From now on the peer of this name is reached by this route."""

@@ -70,6 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_worker(commands)
     _add_watch(commands)
     _add_export(commands)
+    _add_audit(commands)
+    _add_replay(commands)
     _add_bench_draft(commands)
     _add_keys(commands)
     return parser
@@ -102,6 +104,35 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("out", metavar="OUT", help="a folder that is empty or does not exist")
     export.add_argument("--step", type=int, help="the checkpoint of this step (default: the last one)")
+
+
+def _add_audit(commands: "argparse._SubParsersAction[Parser]") -> None:
+    audit = commands.add_parser("audit", help="prove from a run's journal that it kept its promises")
+    audit.add_argument("run_dir", metavar="RUN_DIR")
+    audit.add_argument("--json", action="store_true", help="a JSON object with all figures and all violations")
+
+
+def _add_replay(commands: "argparse._SubParsersAction[Parser]") -> None:
+    replay = commands.add_parser("replay", help="take a run's steps again from its journal and compare their figures")
+    replay.add_argument("run_dir", metavar="RUN_DIR")
+    replay.add_argument("--steps", default=":", metavar="FIRST:STOP", help="as a slice (default: all there are)")
+    replay.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=0.0,
+        metavar="X",
+        help="relative difference that passes (default: 0, the same bits, which a CPU gives)",
+    )
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+    return value
 
 
 def _add_bench_draft(commands: "argparse._SubParsersAction[Parser]") -> None:

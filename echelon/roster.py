@@ -4,8 +4,9 @@ import signal
 from pathlib import Path
 
 from echelon.config import RunConfig
-from echelon.devices import learner_gpus, visible_gpus, worker_gpus
+from echelon.devices import visible_gpus, worker_gpus
 from echelon.processes import Child, child_environment, stop_all
+from echelon.ranks import start_ranks
 from echelon.run_folder import RunFolder
 
 PREPARE, BROKER, LEARNER = "prepare", "broker", "learner"
@@ -47,13 +48,10 @@ class Roster:
         return self.start_worker(int(child.name.rpartition("-")[2]))
 
     def start_learner(self) -> Child:
-        """torchrun's agent does not tie its life to ours, so `launch` does it first."""
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self._config.learner.ranks)]
-        arguments = ["echelon.roles.launch", *torchrun, "-m", MODULES[LEARNER], self._run_dir]
-        gpus = learner_gpus(self._config, self._gpus)
-        # One thread on a CPU: the engine has cores of its own.
-        defaults = {"OMP_NUM_THREADS": "1"} if self._config.learner.device == "cpu" else {}
-        return self._start(LEARNER, arguments, gpus, defaults)
+        arguments = [MODULES[LEARNER], self._run_dir]
+        log = self._folder.log_file(LEARNER)
+        self.children[LEARNER] = start_ranks(LEARNER, arguments, self._config, self._root, self._gpus, log)
+        return self.children[LEARNER]
 
     def stop(self, grace_s: float) -> None:
         """The broker last: the others take its absence for a failure."""

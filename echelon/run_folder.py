@@ -1,7 +1,7 @@
 """The folder of a run: every path in it, its lock, and whether a run may use it.
 
 config.json  recipe.py  run.json  lock  bus.json  keys/  prompts/  tokenizer/
-checkpoints/  metrics.jsonl  samples.jsonl  rollouts.bin  logs/
+journal/  checkpoints/  metrics.jsonl  samples.jsonl  rollouts.bin  logs/
 """
 
 import fcntl
@@ -64,6 +64,7 @@ class RunFolder:
         self.train_prompts = self.prompts / "train.jsonl"
         self.eval_prompts = self.prompts / "eval.jsonl"
         self.tokenizer = self.path / "tokenizer"
+        self.journal = self.path / "journal"
         self.checkpoints = self.path / "checkpoints"
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples_file = self.path / "samples.jsonl"

@@ -18,7 +18,7 @@ from learner.bus import BrokerLink, Bus, RunStoppedError
 from learner.checkpoint import load_checkpoint
 from learner.checkpoint_folder import read_trainer_state
 from learner.config import LearnerConfig
-from learner.model import ModelOptions, build_model
+from learner.model import ModelOptions, PolicyModel, build_model
 from learner.optimizer import build_optimizer, resume_schedule
 from learner.snapshot import Snapshotter
 from learner.train_step import TrainStep
@@ -66,8 +66,8 @@ def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[i
         rank 0 only.
     Raises: ValueError for what a user wrote (model, checkpoint, number of steps); RuntimeError for the rest.
     """
-    start_step = _start_step(config, run)
-    _set_up_torch(config, run.seed)
+    start_step = start_step_of(config, run)
+    set_up_torch(config, run.seed)
     try:
         with process_group(config.device, run.collective_timeout_s), ExitStack() as stack:
             first_rank = None
@@ -98,7 +98,7 @@ def process_group(device: str, timeout_s: float) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _start_step(config: LearnerConfig, run: LearnerRun) -> int:
+def start_step_of(config: LearnerConfig, run: LearnerRun) -> int:
     if run.resume_from is None:
         return 0
     step = read_trainer_state(run.resume_from).step
@@ -109,7 +109,7 @@ def _start_step(config: LearnerConfig, run: LearnerRun) -> int:
     return step
 
 
-def _set_up_torch(config: LearnerConfig, seed: int) -> None:
+def set_up_torch(config: LearnerConfig, seed: int) -> None:
     torch.manual_seed(seed)
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -129,6 +129,25 @@ def _connect(
 
 
 def _build(config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: FirstRank | None) -> Trainer:
+    policy, train_step = build_train_step(config, run, start_step)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    broker = None if first_rank is None else first_rank.broker
+    return Trainer(
+        config=config,
+        model=run.model,
+        start_step=start_step,
+        checkpoints_dir=run.checkpoints_dir,
+        world_size=world_size,
+        policy=policy,
+        train_step=train_step,
+        feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
+        snapshotter=Snapshotter(policy.causal_lm, run.serving_dtype, rank),
+        first_rank=first_rank,
+    )
+
+
+def build_train_step(config: LearnerConfig, run: LearnerRun, start_step: int) -> tuple[PolicyModel, TrainStep]:
+    """Model, optimizer and schedule as they are before step `start_step`; within a process group."""
     options = ModelOptions(
         device=config.device,
         dtype=config.dtype,
@@ -141,17 +160,4 @@ def _build(config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: 
     if run.resume_from is not None:
         load_checkpoint(run.resume_from, policy.causal_lm, optimizer)
         resume_schedule(scheduler, start_step)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    broker = None if first_rank is None else first_rank.broker
-    return Trainer(
-        config=config,
-        model=run.model,
-        start_step=start_step,
-        checkpoints_dir=run.checkpoints_dir,
-        world_size=world_size,
-        policy=policy,
-        train_step=TrainStep(policy, optimizer, scheduler, config),
-        feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
-        snapshotter=Snapshotter(policy.causal_lm, run.serving_dtype, rank),
-        first_rank=first_rank,
-    )
+    return policy, TrainStep(policy, optimizer, scheduler, config)
