@@ -9,7 +9,7 @@ from echelon.processes import Child, child_environment
 
 
 def start_ranks(
-    name: str, arguments: Sequence[str], config: RunConfig, root: Path, gpus: list[str] | None, log: Path
+    name: str, arguments: Sequence[str], config: RunConfig, root: Path, gpus: list[str], log: Path
 ) -> Child:
     """`learner.ranks` processes of `python -m ARGUMENTS`. torchrun's agent does not tie its life to ours, so `launch`
     does it first.

@@ -10,9 +10,9 @@ from learner.checkpoint_folder import checkpoint_path, list_checkpoints, read_tr
 
 
 def check_checkpoints(
-    checkpoints_dir: Path, states: Mapping[int, StateSaved], last_step: int | None, findings: Findings
+    checkpoints_dir: Path, states: Mapping[int, StateSaved], num_steps: int, findings: Findings
 ) -> int:
-    """Args: states: saved ones, by segment. last_step: the newest that was taken; None where none is known.
+    """Args: states: saved ones, by segment. num_steps: those that the run has taken.
 
     Returns: how many checkpoints there are.
     """
@@ -26,8 +26,8 @@ def check_checkpoints(
             continue
         if checkpoint != checkpoint_path(checkpoints_dir, state.step):
             findings.add("checkpoint", f"{checkpoint.name} says that it is of step {state.step}", step=state.step)
-        if last_step is not None and state.step > last_step + 1:
-            what = f"a checkpoint after {state.step} steps, the journal has {last_step + 1}"
+        if state.step > num_steps:
+            what = f"a checkpoint after {state.step} steps, the journal has {num_steps}"
             findings.add("checkpoint", what, step=state.step)
         if state.position is not None:
             _check_position(state.position, states, findings)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from echelon.audit.history import TakenStep
+from echelon.audit.batches import TakenStep
 from echelon.audit.violation import Findings
 from echelon.metrics import TRAINED
 
@@ -13,9 +13,15 @@ TOLERANCE = 1e-6
 
 
 def check_rows(
-    rows: Sequence[Mapping[str, Any]], steps: Mapping[int, TakenStep], findings: Findings, is_complete: bool
+    rows: Sequence[Mapping[str, Any]],
+    steps: Mapping[int, TakenStep],
+    first_step: int,
+    findings: Findings,
+    is_complete: bool,
 ) -> None:
-    """Args: is_complete: the broker has written all rows that it owed; else the last ones may be missing."""
+    """Args: first_step: where the journal begins. is_complete: the broker has written all rows that it owed; else the
+    last ones may be missing.
+    """
     trained = [row for row in rows if TRAINED in row]
     numbers = [row["step"] for row in trained]
     for before, after in zip([-1, *numbers], numbers, strict=False):
@@ -28,7 +34,7 @@ def check_rows(
         taken = steps.get(row["step"])
         if taken is not None:
             _check_row(row, taken, findings)
-        elif row["step"] >= min(steps, default=0):
+        elif row["step"] >= first_step:
             findings.add("metrics", "metrics.jsonl has a row of it, but the journal does not", step=row["step"])
 
 

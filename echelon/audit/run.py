@@ -58,10 +58,9 @@ def audit_run(folder: RunFolder) -> AuditReport:
         findings.add("damage", str(error))
     history.finish()
     rows = _rows(folder.metrics_file, findings)
-    check_rows(rows, history.steps, findings, is_complete=history.ended is not None and history.ended.ok)
-    num_checkpoints = check_checkpoints(
-        folder.checkpoints, history.saved.by_segment, max(history.steps, default=None), findings
-    )
+    is_complete = history.ended is not None and history.ended.ok
+    check_rows(rows, history.batches.taken, history.first_step, findings, is_complete)
+    num_checkpoints = check_checkpoints(folder.checkpoints, history.saved.by_segment, history.num_steps(), findings)
     return _report(history, folder.journal, numbers, len(rows), num_checkpoints)
 
 
@@ -86,14 +85,14 @@ def _rows(file: Path, findings: Findings) -> list[dict]:
 
 
 def _report(history: History, journal: Path, numbers: list[int], num_rows: int, num_checkpoints: int) -> AuditReport:
-    trained = [step.facts for step in history.steps.values() if step.facts is not None]
+    trained = [step.facts for step in history.batches.taken.values() if step.facts is not None]
     counts = history.ledger.settled_counts()
     open_groups = {state: history.ledger.count_open(state) for state in ("completed", "leased", "expired")}
     return AuditReport(
         run_id=history.terms.run_id,
         violations=tuple(history.findings.violations),
-        first_step=min(history.steps, default=None),
-        last_step=max(history.steps, default=None),
+        first_step=min(history.batches.taken, default=None),
+        last_step=max(history.batches.taken, default=None),
         groups={state: counts[state] for state in SETTLED} | open_groups,
         tokens=sum(facts.tokens for facts in trained),
         loss_tokens=sum(facts.loss_tokens for facts in trained),

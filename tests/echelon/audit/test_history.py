@@ -275,7 +275,7 @@ def stale_group_is_left_behind(run: ScriptedRun) -> None:
     del run.records[index]
 
 
-@planted("lost", "passed over: its oldest token is of version 2, others' of 3")
+@planted("lost", "passed over: its oldest token is of version 2, another group's of 3")
 def older_group_is_passed_over(run: ScriptedRun) -> None:
     """The last group to come in, which waits, came in before the last batch was cut, and older than its groups."""
     (ended,) = run.where(BrokerEnded)
