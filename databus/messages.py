@@ -54,13 +54,14 @@ class Hello(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, tag=True):
-    """Any peer -> broker, every `heartbeat_s`; answered by `HeartbeatReply`. Counters are cumulative."""
+    """Any peer -> broker, every `heartbeat_s`; answered by `HeartbeatReply`. Counters are cumulative.
+
+    `drafting`: counters of the drafter by name; see `databus.draft_metrics`.
+    """
 
     running_sequences: int = 0
     generated_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    draft_rounds: int = 0
+    drafting: dict[str, float] = {}
 
 
 class Goodbye(Struct, frozen=True, kw_only=True, tag=True):

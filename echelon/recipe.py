@@ -1,13 +1,10 @@
 """From a recipe script and its overrides to the configuration of a run."""
 
-import importlib.util
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -17,7 +14,8 @@ from echelon.config import RunConfig
 from echelon.overrides import apply_overrides
 from echelon.settings import to_config
 from echelon.validate import validate
-from rewards.resolve import BUILT_IN, describe, split_reference
+from rewards.python_file import describe, import_file
+from rewards.resolve import BUILT_IN, split_reference
 
 RECIPE_FILE = "recipe.py"
 """The name of the recipe's copy in a run folder; a reward that it defines is referred to by that name."""
@@ -52,7 +50,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _call_recipe(file: Path) -> Any:
-    module = _import(file)
+    module = import_file(file)
+    del sys.modules[module.__name__]
     function: Callable[[], Any] | None = getattr(module, "recipe", None)
     if not callable(function):
         raise ValueError(f"{file} has no function recipe(): it must return the run's RunConfig")
@@ -60,22 +59,6 @@ def _call_recipe(file: Path) -> Any:
         return function()
     except (Exception, SystemExit) as error:
         raise ValueError(f"{file}: recipe() failed: {describe(error, file)}") from error
-
-
-def _import(file: Path) -> ModuleType:
-    name = f"_echelon_recipe_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{file} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and the like look their module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{file} cannot be imported: {describe(error, file)}") from error
-    finally:
-        del sys.modules[name]
-    return module
 
 
 def _checked(returned: Any, file: Path) -> RunConfig:

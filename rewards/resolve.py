@@ -1,13 +1,10 @@
 """From a reward's reference in the configuration to the function itself."""
 
-import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from rewards.python_file import import_file
 from rewards.sample import Sample
 
 RewardFunction = Callable[[Sample], Any]
@@ -26,7 +23,11 @@ def load_reward(reference: str, base_dir: Path) -> RewardFunction:
 
         return math_reward
     path, name = split_reference(reference, base_dir)
-    function = getattr(_import_file(path, reference), name, None)
+    try:
+        module = import_file(path)
+    except ValueError as error:
+        raise ValueError(f"reward.function={reference!r}: {error}") from error
+    function = getattr(module, name, None)
     if function is None:
         raise ValueError(f"reward.function={reference!r}: {path} has no function {name!r}")
     if not callable(function):
@@ -43,38 +44,3 @@ def split_reference(reference: str, base_dir: Path) -> tuple[Path, str]:
     if not path.is_file():
         raise ValueError(f"reward.function={reference!r}: no such file: {path}")
     return path, name
-
-
-def _import_file(path: Path, reference: str) -> ModuleType:
-    module_name = f"echelon_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"reward.function={reference!r}: {path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and the like look their module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        raise ValueError(f"reward.function={reference!r}: importing {path} failed: {describe(error, path)}") from error
-    return module
-
-
-def describe(error: BaseException, path: Path | None = None) -> str:
-    """`Type: message (file:line)` in one line; the line is the last one inside `path` where there is one."""
-    text = " ".join(str(error).split()) or "no message"
-    place = _place(error, path)
-    return f"{type(error).__name__}: {text}" + (f" ({place})" if place else "")
-
-
-def _place(error: BaseException, path: Path | None) -> str:
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    frames: list[tuple[str, int]] = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frames.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
-        traceback = traceback.tb_next
-    inside = [frame for frame in frames if path is not None and frame[0] == str(path)]
-    last = inside[-1:] or frames[-1:]
-    return f"{last[0][0]}:{last[0][1]}" if last else ""

@@ -19,6 +19,8 @@ from rewards.pool import RewardPool
 from rollout.config import DraftConfig, RolloutConfig
 from rollout.engine.base import Engine
 from rollout.engine.factory import make_engine
+from rollout.history_in import HistoryReader
+from rollout.lease_work import LeaseWork
 from rollout.versions import Pull
 from rollout.weights_in import pull_snapshot
 from rollout.worker import Worker
@@ -65,8 +67,10 @@ async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun
             await engine.start()
             logger.info("engine ready, version %d", engine.version)
             detokenize = await asyncio.to_thread(load_detokenizer, run.model)
-            client = make_client(engine.version, lambda: heartbeat(engine))
-            stop = await _serve(client, engine, pool, detokenize, config, run, on_signal)
+            histories = HistoryReader()
+            client = make_client(engine.version, lambda: heartbeat(engine, histories))
+            work = LeaseWork(engine, pool, detokenize, histories)
+            stop = await _serve(client, work, config, run, on_signal)
         finally:
             await asyncio.gather(engine.close(), pool.close(), return_exceptions=True)
     if not stop.ok:
@@ -81,9 +85,7 @@ def prepare_scoring() -> None:
 
 async def _serve(
     client: BusClient,
-    engine: Engine,
-    pool: RewardPool,
-    detokenize: Callable[[Sequence[int]], str],
+    work: LeaseWork,
     config: RolloutConfig,
     run: WorkerRun,
     on_signal: "list[OnSignal]",
@@ -93,9 +95,7 @@ async def _serve(
     try:
         worker = Worker(
             client,
-            engine,
-            pool,
-            detokenize,
+            work,
             group_size=run.group_size,
             max_sequences=config.max_sequences,
             ahead=config.ahead,
@@ -118,14 +118,11 @@ def _told(worker: Worker, number: int) -> None:
         worker.stop("told to stop")
 
 
-def heartbeat(engine: Engine) -> Heartbeat:
+def heartbeat(engine: Engine, histories: HistoryReader) -> Heartbeat:
     stats = engine.stats()
+    drafting = {**stats.drafting, "malformed_histories": histories.malformed} if stats.drafting else {}
     return Heartbeat(
-        running_sequences=stats.running_sequences,
-        generated_tokens=stats.generated_tokens,
-        drafted_tokens=stats.drafted_tokens,
-        accepted_tokens=stats.accepted_tokens,
-        draft_rounds=stats.draft_rounds,
+        running_sequences=stats.running_sequences, generated_tokens=stats.generated_tokens, drafting=drafting
     )
 
 

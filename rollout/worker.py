@@ -31,8 +31,7 @@ from databus.messages import (
     VersionAnnounced,
     VersionApplied,
 )
-from rollout.engine.base import Engine
-from rollout.lease_work import Detokenize, LeaseWork, Outcome, Scorer
+from rollout.lease_work import LeaseWork, Outcome
 from rollout.leaving import Durations, nearly_done
 from rollout.versions import Pull, VersionFollower
 from rollout.weights_in import pull_snapshot
@@ -74,9 +73,7 @@ class Worker:
     def __init__(
         self,
         bus: Bus,
-        engine: Engine,
-        scorer: Scorer,
-        detokenize: Detokenize,
+        work: LeaseWork,
         *,
         group_size: int,
         max_sequences: int,
@@ -89,8 +86,8 @@ class Worker:
         """
         self._bus = bus
         self._capacity = credit_groups(max_sequences, group_size, ahead)
-        self._work = LeaseWork(engine, scorer, detokenize)
-        self._versions = VersionFollower(engine, self._applied, pull)
+        self._work = work
+        self._versions = VersionFollower(work.engine, self._applied, pull)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unsettled: dict[str, _Unsettled] = {}
         self._in_engine: set[str] = set()

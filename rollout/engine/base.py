@@ -105,15 +105,11 @@ class UpdateReport:
 class EngineStats:
     """running_sequences is of this moment; the others count since the start.
 
-    draft_rounds: times that a sequence's draft was verified. drafting: `rollout.drafting.counters.FIELDS`, empty where
-    nothing is drafted.
+    drafting: `rollout.drafting.counters.FIELDS`, empty where nothing is drafted.
     """
 
     running_sequences: int = 0
     generated_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    draft_rounds: int = 0
     drafting: Mapping[str, float] = field(default_factory=dict)
 
 

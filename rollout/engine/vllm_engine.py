@@ -134,9 +134,6 @@ class VllmEngine:
         return EngineStats(
             running_sequences=self._running,
             generated_tokens=self._generated,
-            drafted_tokens=int(drafting.get("drafted", 0)),
-            accepted_tokens=int(drafting.get("accepted", 0)),
-            draft_rounds=int(drafting.get("rounds", 0)),
             drafting=drafting,
         )
 

@@ -43,6 +43,7 @@ from rollout.engine.base import (
     UpdateFailed,
     UpdateReport,
 )
+from rollout.lease_work import LeaseWork
 from rollout.weights_in import PullError, VersionGoneError
 from rollout.worker import Worker, WorkerRefusedError
 
@@ -154,7 +155,7 @@ class Setting:
         self.pulled: list[int] = []
         self.pull_errors: list[Exception] = []
         options: dict[str, Any] = {"group_size": 4, "max_sequences": 13, "pull": self.pull} | settings
-        self.worker = Worker(self.bus, self.engine, self.scorer, self.detokenize, **options)
+        self.worker = Worker(self.bus, LeaseWork(self.engine, self.scorer, self.detokenize), **options)
         self.running = asyncio.ensure_future(self.worker.run())
 
     def detokenize(self, ids: Sequence[int]) -> str:
