@@ -89,8 +89,9 @@ def test_slow_worker_is_sent_away_and_replaced(write_recipe, start_run, tmp_path
     run = start_run(write_recipe(tmp_path), tmp_path / "run", *settings, python_path=tmp_path / "path")
     run.wait_for(lambda: len(run.rows()) >= 1)
     slow = run.role("echelon.roles.worker", "worker-2")
-    run.wait_for(lambda: not slow.is_running() or slow.status() == "zombie")
-    run.wait_for(lambda: run.role("echelon.roles.worker", "worker-2").pid != slow.pid)
+    run.wait_for(lambda: "worker-2" in run.status().drained)
+    run.wait_for(lambda: (back := run.worker("worker-2")) is not None and back.standing == "working")
+    assert run.role("echelon.roles.worker", "worker-2").pid != slow.pid
     run.wait_for(lambda: any("slow/worker-2_tokens_per_s" in row for row in run.rows()))
     run.process.send_signal(signal.SIGINT)
     code, stdout, _ = run.finish()
