@@ -21,6 +21,7 @@ from databus.messages import (
     Heartbeat,
     HeartbeatReply,
     Hello,
+    Holding,
     Leaving,
     Position,
     PositionRequest,
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.2
 MAX_MESSAGES_A_TICK = 256
 GOODBYE_TIMEOUT_S = 60.0
+STOP_AGAIN_S = 2.0
 MAX_REASON = 500
 ENDED = ("finished", "failed")
 
@@ -158,6 +160,8 @@ class Broker:
                 self._lost(peer, f"left: {reason}" if reason else "left")
             case Credits(total=total):
                 peer.credits = max(peer.credits, total)
+            case Holding():
+                self._leases.holding(peer, message)
             case Completed():
                 self._leases.completed(peer, message, frames)
             case Failed():
@@ -267,10 +271,16 @@ class Broker:
 
     def _say_stop(self, stop: Stop) -> None:
         """Tell everyone, then answer last questions until they have left: a checkpoint may want a position."""
-        for peer in self._state.peers:
-            self._state.send(peer.name, stop)
-        deadline = time.monotonic() + (GOODBYE_TIMEOUT_S if stop.ok else 1.0)
-        while time.monotonic() < deadline and any(peer.role != "observer" for peer in self._state.peers):
+        now = time.monotonic()
+        deadline, say_at = now + (GOODBYE_TIMEOUT_S if stop.ok else 1.0), now
+        while True:
+            now = time.monotonic()
+            if now >= say_at:  # again and again: it may be lost on the way
+                say_at = now + STOP_AGAIN_S
+                for peer in self._state.peers:
+                    self._state.send(peer.name, stop)
+            if now >= deadline or all(peer.role == "observer" for peer in self._state.peers):
+                return
             with suppress(RunFailed):  # one cause is enough
                 self._receive(TICK_S)
             for peer in self._state.peers.silent(time.monotonic()):

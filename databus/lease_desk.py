@@ -19,6 +19,7 @@ from databus.messages import (
     Column,
     Completed,
     Failed,
+    Holding,
     Lease,
     Released,
     Sampling,
@@ -31,6 +32,9 @@ from databus.run_state import RunFailed, RunState
 from databus.scheduling import Load
 
 logger = logging.getLogger(__name__)
+
+ANNOUNCE_AGAIN_S = 30.0
+"""A worker that serves an older version for so long after an announcement may not have got it."""
 
 
 class LeaseDesk:
@@ -55,10 +59,13 @@ class LeaseDesk:
         target = state.newest if current is None else min(state.newest, current.version)
         published = state.versions[target]
         for worker in state.peers.workers():
-            if max(worker.announced, worker.version) < target:
+            told = max(worker.announced, worker.version) >= target
+            lost = worker.version < worker.announced and time.monotonic() - worker.announced_at > ANNOUNCE_AGAIN_S
+            if not told or lost:
                 message = VersionAnnounced(version=target, address=published.address, num_bytes=published.num_bytes)
                 if state.send(worker.name, message):
-                    worker.announced = target
+                    worker.announced = max(worker.announced, target)
+                    worker.announced_at = time.monotonic()
 
     def lease_all(self) -> None:
         """Give every worker what it has credit for, one group at a time, each to whom `placement` chooses."""
@@ -192,9 +199,7 @@ class LeaseDesk:
             return False
         check_holder(worker, held.worker)
         check_against_lease(group, held.prompt, state.config.group_size, state.config.max_tokens)
-        newest = int(group.version_values.max(initial=0))
-        if newest > worker.version:
-            raise MalformedMessage(f"a token of version {newest} from a worker that serves {worker.version}")
+        self._serves(worker, int(group.version_values.max(initial=0)))
         self._cancel_others(entry)
         state.leases.drop(entry.group_id)
         self._reward_failures = 0
@@ -290,12 +295,28 @@ class LeaseDesk:
             self._lease_lost(held)
 
     def applied(self, worker: Peer, message: VersionApplied) -> None:
-        """Raises: MalformedMessage for a version it was not told of: admission relies on what workers say here."""
-        if message.version > worker.announced:
-            raise MalformedMessage(f"version {message.version} applied, {worker.announced} is the newest announced")
-        worker.version = max(worker.version, message.version)
-        self._state.metrics.applied(message)
-        self._state.touch()
+        """Raises: MalformedMessage for a version it was not told of."""
+        if message.version > worker.version:
+            self._serves(worker, message.version)
+            self._state.metrics.applied(message)
+            self._state.touch()
+
+    def holding(self, worker: Peer, message: Holding) -> None:
+        """What the worker says of itself, against what is written here. Raises: MalformedMessage as `applied`."""
+        worker.credits = max(worker.credits, message.credits)
+        self._serves(worker, message.version)
+        now, held = time.monotonic(), set(message.group_ids)
+        for lease in self._state.leases.sent_before(worker.name, now - self._state.config.bus.peer_timeout_s / 2):
+            if lease.group_id not in held:
+                logger.warning("the lease of group %s never reached %s", lease.group_id, worker.name)
+                worker.leases_sent -= 1
+                self._lease_lost(lease)
+
+    def _serves(self, worker: Peer, version: int) -> None:
+        """Admission relies on what workers say here. Raises: MalformedMessage for a version it was not told of."""
+        if version > max(worker.announced, worker.version):
+            raise MalformedMessage(f"version {version} is served, {worker.announced} is the newest announced")
+        worker.version = max(worker.version, version)
 
     def tick(self, now: float) -> None:
         """Take back what is overdue."""

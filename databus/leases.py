@@ -43,6 +43,10 @@ class Leases:
     def of(self, worker: str) -> list[Held]:
         return [held for held in self._held.values() if held.worker == worker]
 
+    def sent_before(self, worker: str, time: float) -> list[Held]:
+        """Leases of a worker that were sent before a time on the monotonic clock."""
+        return [held for held in self.of(worker) if held.deadline - self._lease_s < time]
+
     def overdue(self, now: float) -> list[Held]:
         return [held for held in self._held.values() if held.deadline <= now]
 

@@ -93,6 +93,18 @@ class Completed(Struct, frozen=True, kw_only=True, tag=True):
     score_s: float = 0.0
 
 
+class Holding(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> broker, every few seconds: where it stands, so that whatever was lost on the way is made good.
+
+    group_ids: all leases that it works on or whose result is not acknowledged. credits: as `Credits.total`.
+    version: what its engine serves.
+    """
+
+    group_ids: tuple[str, ...]
+    credits: int
+    version: int
+
+
 class Failed(Struct, frozen=True, kw_only=True, tag=True):
     """Worker -> broker: the group cannot be completed. `cause` names the stage that failed."""
 
@@ -376,7 +388,7 @@ class VersionGone(Struct, frozen=True, kw_only=True, tag=True):
 
 
 PeerHello = Hello | Heartbeat | Goodbye
-FromWorker = Credits | Completed | Failed | Released | VersionApplied | Leaving
+FromWorker = Credits | Holding | Completed | Failed | Released | VersionApplied | Leaving
 FromLearner = BatchRequest | StepDone | VersionPublished | PositionRequest
 ToBroker = PeerHello | FromWorker | FromLearner | StatusRequest
 

@@ -15,6 +15,7 @@ from databus.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Holding,
     Leaving,
     PositionRequest,
     Released,
@@ -30,7 +31,7 @@ from databus.messages import (
 from databus.speed import Speed
 
 MAY_SEND: dict[Role, tuple[type, ...]] = {
-    "worker": (Heartbeat, Goodbye, Credits, Completed, Failed, Released, VersionApplied, Leaving),
+    "worker": (Heartbeat, Goodbye, Credits, Holding, Completed, Failed, Released, VersionApplied, Leaving),
     "learner": (Heartbeat, Goodbye, BatchRequest, StepDone, VersionPublished, PositionRequest),
     "observer": (Heartbeat, Goodbye, StatusRequest),
 }
@@ -40,7 +41,7 @@ MISSED_HEARTBEATS = 2
 
 @dataclass
 class Peer:
-    """route: of its connection. version: what a worker serves. announced: the newest version it was told of.
+    """route: of its connection. version: what a worker serves. announced: the newest version it was told of, and when.
 
     credits: of `Credits.total`. standing: whether a worker gets leases. received_tokens: of
     `Heartbeat.generated_tokens`, those whose groups have come in, or never will.
@@ -51,6 +52,7 @@ class Peer:
     heard: float
     version: int
     announced: int
+    announced_at: float = 0.0
     credits: int = 0
     leases_sent: int = 0
     received_tokens: int = 0

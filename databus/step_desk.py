@@ -38,6 +38,8 @@ class StepDesk:
     def requested(self, learner: Peer, message: BatchRequest) -> None:
         """Note that the learner is ready for a batch; the same one again where it asks again."""
         state = self._state
+        if message.step > state.step:
+            return  # the report of the step before is on its way, or was lost and will come again
         if message.step != state.step:
             state.send(learner.name, Refused(reason=f"batch {message.step} asked for, the run is at {state.step}"))
             return

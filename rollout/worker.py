@@ -23,6 +23,7 @@ from databus.messages import (
     Credits,
     Drain,
     Failed,
+    Holding,
     Lease,
     Leaving,
     Refused,
@@ -92,6 +93,7 @@ class Worker:
         self._unsettled: dict[str, _Unsettled] = {}
         self._in_engine: set[str] = set()
         self._freed = 0
+        self._version = engine.version
         self._durations = Durations()
         self._drain_s = drain_s
         self._leaving = ""
@@ -235,6 +237,10 @@ class Worker:
     def _grant(self) -> None:
         self._bus.send(Credits(total=self._capacity + self._freed))
 
+    def _holding(self) -> Holding:
+        group_ids = (*self._running, *self._unsettled)
+        return Holding(group_ids=group_ids, credits=self._capacity + self._freed, version=self._version)
+
     # ------------------------------------------------------------ what goes out
 
     def _send(self, group_id: str, outcome: Outcome) -> None:
@@ -247,12 +253,14 @@ class Worker:
         """Results stay here until they are acknowledged: a broker that came back may have lost them."""
         while True:
             await asyncio.sleep(RESEND_S / 4)
+            self._bus.send(self._holding())
             now = time.monotonic()
             for group_id, unsettled in list(self._unsettled.items()):
                 if now - unsettled.sent > RESEND_S:
                     self._send(group_id, unsettled.outcome)
 
     def _applied(self, message: VersionApplied) -> None:
+        self._version = message.version
         self._bus.send(message)
 
 

@@ -80,7 +80,7 @@ def test_claim_of_a_version_nobody_announced_is_refused(address: str) -> None:
     RunningBroker(broker_config(address, steps=100))
     worker = connect(address, "w", "worker", max_sequences=8)
     worker.send(VersionApplied(version=50))
-    assert "version 50 applied, 0 is the newest announced" in receive(worker, Refused).reason
+    assert "version 50 is served, 0 is the newest announced" in receive(worker, Refused).reason
     worker.send(Credits(total=100))
     for _ in range(4):
         receive(worker, Lease)

@@ -16,11 +16,12 @@ from broker_process import broker_process
 from malformed import Malformed
 from scripted import ScriptedLearner, ScriptedWorker, broker_config
 
+from databus.client import Arrived
 from databus.config import BrokerConfig, BusConfig
-from databus.messages import Ack, Hello, Refused, ToObserver, ToWorker, Welcome
+from databus.messages import Ack, Hello, Refused, Stop, ToObserver, ToWorker, Welcome
 from databus.transport import make_socket, new_route
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
 
 MESSAGES = 100_000
 VOLLEY = 50
@@ -108,8 +109,9 @@ class GoodPeers:
     def close(self) -> None:
         self._stop = True
         self._thread.join(10.0)
+        self._worker.client._put(Arrived(Stop(reason="the test is over"), ()))
+        self._worker.join()
         self._learner.client.close("done")
-        self._worker.client.close("done")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from databus.messages import (
     Credits,
     Drain,
     Failed,
+    Holding,
     Lease,
     Leaving,
     Manifest,
@@ -249,10 +250,36 @@ def test_results_are_sent_until_acknowledged(monkeypatch: pytest.MonkeyPatch) ->
         bus.say(lease("a"))  # a copy: it is not generated again
         bus.say(Ack(group_id="a", accepted=True), Ack(group_id="broken", accepted=False, reason="late"))
         await asyncio.sleep(0.1)
-        sent = len(bus.sent)
+        sent = len(bus.all(Completed)) + len(bus.all(Failed))
         await asyncio.sleep(0.2)
-        assert len(bus.sent) == sent
+        assert len(bus.all(Completed)) + len(bus.all(Failed)) == sent
         assert len(setting.scorer.samples) == 4
+        await setting.end()
+
+    run(scenario)
+
+
+def test_says_again_and_again_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases, credits and version: any message about them may have been lost."""
+    monkeypatch.setattr(rollout.worker, "RESEND_S", 0.05)
+
+    async def scenario(setting: Setting) -> None:
+        bus = setting.bus
+        setting.engine.gate.clear()
+        bus.say(lease("a"), VersionAnnounced(version=3, address="", num_bytes=0))
+        await bus.wait(VersionApplied)
+        said = len(bus.all(Holding))
+        await bus.wait(Holding, said + 2)
+        assert bus.all(Holding)[-1] == Holding(group_ids=("a",), credits=setting.bus.credits(), version=3)
+        setting.engine.gate.set()
+        await bus.wait(Completed)
+        said = len(bus.all(Holding))
+        await bus.wait(Holding, said + 2)
+        assert bus.all(Holding)[-1].group_ids == ("a",), "not acknowledged yet"
+        bus.say(Ack(group_id="a", accepted=True))
+        said = len(bus.all(Holding))
+        await bus.wait(Holding, said + 2)
+        assert bus.all(Holding)[-1].group_ids == ()
         await setting.end()
 
     run(scenario)
