@@ -8,8 +8,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from databus.chronicle import Chronicle
 from databus.codec import Frame, MalformedMessage
 from databus.config import BrokerConfig
+from databus.journal import Journal
 from databus.keys import ServerKeys
 from databus.lease_desk import LeaseDesk
 from databus.messages import (
@@ -37,6 +39,7 @@ from databus.messages import (
     VersionPublished,
     Welcome,
 )
+from databus.outbox import Outbox
 from databus.peers import Peer, may_send
 from databus.prompts import GroupFilter, GroupRecorder, MetricsSink, Prompt, PromptSource
 from databus.run_state import LearnerLost, RunFailed, new_state
@@ -70,8 +73,9 @@ class Broker:
         placement: Placement | None = None,
         recorder: GroupRecorder | None = None,
         keys: ServerKeys | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        """Binds the socket. Args: keys: None for plain text.
+        """Binds the socket. Args: keys: None for plain text. journal: None writes nothing down.
 
         Raises: ValueError, one line, where it cannot listen on `config.address`.
         """
@@ -80,8 +84,10 @@ class Broker:
         self.refused = 0
         self._refusal_logged = -1.0
         self._config = config
+        self._outbox = Outbox(self._socket)
+        self._chronicle = Chronicle(journal)
         self._state = new_state(
-            config, prompts, evals, filters, self._socket.send, position, scheduler=scheduler, placement=placement
+            config, prompts, evals, filters, self._outbox.send, position, self._chronicle, scheduler, placement
         )
         self._leases = LeaseDesk(self._state, recorder)
         self._staffing = Staffing(self._state)
@@ -105,6 +111,7 @@ class Broker:
                 self._say_stop(stop)
             finally:
                 self._socket.close()
+                self._chronicle.close()
 
     # ------------------------------------------------------------ the loop
 
@@ -119,7 +126,14 @@ class Broker:
         self._leases.announce()
         self._leases.lease_all()
         self._steps.cut()
+        self._say()
         self._update_phase()
+
+    def _say(self) -> None:
+        """What has been decided is said once it is written down."""
+        if self._chronicle.commit():
+            self._outbox.flush()
+            self._steps.write_rows()
 
     def _receive(self, timeout_s: float) -> None:
         """Take what has arrived, up to a limit; a ROUTER reads its peers in turn, so that none is passed over."""
@@ -155,7 +169,7 @@ class Broker:
         match message:
             case Heartbeat():
                 peer.take_heartbeat(message, time.monotonic())
-                self._state.send(peer.name, HeartbeatReply(version=self._state.newest or 0))
+                self._socket.send(peer.name, HeartbeatReply(version=self._state.newest or 0))
             case Goodbye(reason=reason):
                 self._lost(peer, f"left: {reason}" if reason else "left")
             case Credits(total=total):
@@ -181,7 +195,7 @@ class Broker:
             case PositionRequest():
                 self._steps.position(peer, message)
             case StatusRequest():
-                self._state.send(peer.name, self._status())
+                self._socket.send(peer.name, self._status())
 
     # ------------------------------------------------------------ peers
 
@@ -207,7 +221,7 @@ class Broker:
             config_json=self._config.config_json,
             run_dir=self._config.run_dir,
         )
-        self._state.send(sender, welcome)
+        self._socket.send(sender, welcome)
 
     def _objection(self, sender: str, hello: Hello, key_role: Role | None) -> str:
         if key_role not in (None, hello.role):
@@ -278,10 +292,11 @@ class Broker:
             if now >= say_at:  # again and again: it may be lost on the way
                 say_at = now + STOP_AGAIN_S
                 for peer in self._state.peers:
-                    self._state.send(peer.name, stop)
+                    self._socket.send(peer.name, stop)
             if now >= deadline or all(peer.role == "observer" for peer in self._state.peers):
                 return
             with suppress(RunFailed):  # one cause is enough
                 self._receive(TICK_S)
+            self._say()
             for peer in self._state.peers.silent(time.monotonic()):
                 self._lost(peer, "left without a word")

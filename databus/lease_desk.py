@@ -104,6 +104,7 @@ class LeaseDesk:
     def _lease_training(self, worker: Peer) -> None:
         state = self._state
         entry = state.ledger.lease()
+        state.chronicle.leased(entry, worker.name)
         prompt = state.prompts.get(entry.cursor)
         sampling = Sampling(max_tokens=state.config.max_tokens, temperature=state.config.temperature)
         predicted = 0 if state.scheduler is None else state.scheduler.predicted_tokens(entry.cursor)
@@ -176,7 +177,7 @@ class LeaseDesk:
         if is_evaluation(message.group_id):
             accepted = self._complete_evaluation(worker, message.group_id, group)
         else:
-            accepted = self._complete_training(worker, message, group)
+            accepted = self._complete_training(worker, message, frames, group)
         reason = "" if accepted else "not wanted any more: settled, or leased again and completed elsewhere"
         self._state.send(worker.name, Ack(group_id=message.group_id, accepted=accepted, reason=reason))
 
@@ -192,7 +193,7 @@ class LeaseDesk:
         state.touch()
         return True
 
-    def _complete_training(self, worker: Peer, message: Completed, group: Group) -> bool:
+    def _complete_training(self, worker: Peer, message: Completed, frames: Sequence[Frame], group: Group) -> bool:
         state = self._state
         entry, held = state.ledger.get(message.group_id), state.leases.get(message.group_id)
         if entry is None or held is None or entry.state not in ("leased", "expired"):
@@ -200,6 +201,7 @@ class LeaseDesk:
         check_holder(worker, held.worker)
         check_against_lease(group, held.prompt, state.config.group_size, state.config.max_tokens)
         self._serves(worker, int(group.version_values.max(initial=0)))
+        state.chronicle.completed(message, frames, worker.name)
         self._cancel_others(entry)
         state.leases.drop(entry.group_id)
         self._reward_failures = 0
@@ -225,6 +227,7 @@ class LeaseDesk:
             self._count_filtered()
         elif waiting.loss_versions is None:  # requeuing it would only give the like again
             logger.info("group %s has no token that bears loss", waiting.entry.group_id)
+            state.chronicle.stale(waiting.entry, requeued=False)
             state.ledger.settle(waiting.entry, "stale")
         else:
             self._filtered = 0

@@ -9,6 +9,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from databus.batches import BatchQueue, CutBatch
+from databus.chronicle import Chronicle
 from databus.codec import Frame
 from databus.config import BrokerConfig
 from databus.evaluation import Evaluations
@@ -51,6 +52,7 @@ class RunState:
     leases: Leases
     queue: BatchQueue
     evaluations: Evaluations
+    chronicle: Chronicle
     peers: Peers
     metrics: StepMetrics
     step: int
@@ -91,15 +93,16 @@ def new_state(
     filters: Sequence[GroupFilter],
     send: Send,
     position: Position | None,
+    chronicle: Chronicle,
     scheduler: Scheduler | None = None,
     placement: Placement | None = None,
 ) -> RunState:
     """The state at the run's start, or at the checkpoint that `position` comes from."""
     gate = StalenessGate(config.max_staleness, config.batch_groups, config.stale_policy)
     ledger = (
-        Ledger(config.run_id)
+        Ledger(config.run_id, on_transition=chronicle.moved)
         if position is None
-        else Ledger(config.run_id, position.next_cursor, position.pending, position.counts)
+        else Ledger(config.run_id, position.next_cursor, position.pending, position.counts, chronicle.moved)
     )
     return RunState(
         config=config,
@@ -114,6 +117,7 @@ def new_state(
         evaluations=Evaluations(
             len(evals), config.eval_every, config.steps, config.eval_threshold, config.eval_timeout_s
         ),
+        chronicle=chronicle,
         peers=Peers(config.bus.peer_timeout_s),
         metrics=StepMetrics(),
         step=config.start_step,

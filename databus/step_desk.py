@@ -57,11 +57,14 @@ class StepDesk:
         if state.batch is not None:
             state.batch_cut = time.monotonic()
             state.touch()
+            state.chronicle.cut(state.batch)
             self._send_batch(learner)
 
     def _settle_stale(self, entry: Entry) -> None:
         logger.info("group %s is too old for step %s", entry.group_id, self._state.requested)
-        if self._state.config.stale_policy == "requeue":
+        requeued = self._state.config.stale_policy == "requeue"
+        self._state.chronicle.stale(entry, requeued)
+        if requeued:
             self._state.ledger.requeue(entry)
         else:
             self._state.ledger.settle(entry, "stale")
@@ -78,6 +81,7 @@ class StepDesk:
         if batch is None or message.step != batch.step:
             logger.warning("step %d reported, which is not under way", message.step)
             return
+        state.chronicle.stepped(message)
         for waiting in batch.groups:
             state.ledger.settle(waiting.entry, "trained")
         for worker in state.peers.workers():
@@ -121,10 +125,13 @@ class StepDesk:
         state.send(learner.name, position)
 
     def tick(self, now: float) -> None:
-        """Close evaluations, write the rows that nothing holds back any more."""
+        """Close evaluations."""
         while closed := self._state.evaluations.tick(now):
             self._state.touch()
             self._cancel(closed)
+
+    def write_rows(self) -> None:
+        """Those that nothing holds back any more."""
         evaluations = self._state.evaluations
         self._rows.flush(evaluations.is_pending, evaluations.take_result)
 
