@@ -11,6 +11,7 @@ from contextlib import suppress
 from databus.chronicle import Chronicle
 from databus.codec import Frame, MalformedMessage
 from databus.config import BrokerConfig
+from databus.group_commit import GroupCommit
 from databus.journal import Journal
 from databus.keys import ServerKeys
 from databus.lease_desk import LeaseDesk
@@ -51,6 +52,8 @@ from databus.transport import BrokerSocket, Received
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.2
+WRITING_TICK_S = 0.001
+"""How soon what has become durable is said, where no message comes in meanwhile."""
 MAX_MESSAGES_A_TICK = 256
 GOODBYE_TIMEOUT_S = 60.0
 STOP_AGAIN_S = 2.0
@@ -84,10 +87,10 @@ class Broker:
         self.refused = 0
         self._refusal_logged = -1.0
         self._config = config
-        self._outbox = Outbox(self._socket)
-        self._chronicle = Chronicle(journal)
+        outbox = Outbox(self._socket)
+        self._commit = GroupCommit(journal, outbox)
         self._state = new_state(
-            config, prompts, evals, filters, self._outbox.send, position, self._chronicle, scheduler, placement
+            config, prompts, evals, filters, outbox, position, Chronicle(journal), scheduler, placement
         )
         self._leases = LeaseDesk(self._state, recorder)
         self._staffing = Staffing(self._state)
@@ -99,7 +102,7 @@ class Broker:
         """Serve until the last step is trained and evaluated. Raises: RunFailed with the first cause."""
         stop = Stop(reason="all steps are done")
         try:
-            while not self._steps.finished():
+            while not (self._steps.finished() and self._commit.is_idle):
                 self._turn()
             self._phase = "finished"
         except BaseException as error:  # Ctrl-C as well: nobody may take it for a good end
@@ -111,12 +114,12 @@ class Broker:
                 self._say_stop(stop)
             finally:
                 self._socket.close()
-                self._chronicle.close()
+                self._commit.close()
 
     # ------------------------------------------------------------ the loop
 
     def _turn(self) -> None:
-        self._receive(TICK_S)
+        self._receive(WRITING_TICK_S if self._commit.is_busy else TICK_S)
         now = time.monotonic()
         for peer in self._state.peers.silent(now):
             self._lost(peer, f"not heard for {self._config.bus.peer_timeout_s:g} s")
@@ -126,14 +129,8 @@ class Broker:
         self._leases.announce()
         self._leases.lease_all()
         self._steps.cut()
-        self._say()
+        self._commit.turn()
         self._update_phase()
-
-    def _say(self) -> None:
-        """What has been decided is said once it is written down."""
-        if self._chronicle.commit():
-            self._outbox.flush()
-            self._steps.write_rows()
 
     def _receive(self, timeout_s: float) -> None:
         """Take what has arrived, up to a limit; a ROUTER reads its peers in turn, so that none is passed over."""
@@ -297,6 +294,6 @@ class Broker:
                 return
             with suppress(RunFailed):  # one cause is enough
                 self._receive(TICK_S)
-            self._say()
+            self._commit.turn()
             for peer in self._state.peers.silent(time.monotonic()):
                 self._lost(peer, "left without a word")

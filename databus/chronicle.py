@@ -1,32 +1,20 @@
-"""What the broker writes down, before it says it to anybody.
+"""What the broker writes down: everything that changes the ledger becomes a record."""
 
-Everything that changes the ledger becomes a record; once a turn they are made durable together, and only then the
-messages of that turn leave (`databus.outbox`). Where the disk is full nothing leaves until there is room again.
-"""
-
-import logging
-import time
 from collections.abc import Sequence
 
 from databus.batches import CutBatch
 from databus.codec import Frame
-from databus.journal import DiskFull, Journal
+from databus.journal import Journal
 from databus.ledger import Entry, State
 from databus.messages import Completed, StepDone
 from databus.records import BatchCut, GroupCompleted, GroupLeased, GroupMoved, Record, StepTaken
 
-logger = logging.getLogger(__name__)
-
-TRY_AGAIN_S = 1.0
-
 
 class Chronicle:
-    """The journal of a broker; without one, nothing. disk_full: why the last commit failed, "" if it did not."""
+    """Records of what happens, in their order; nothing where there is no journal."""
 
     def __init__(self, journal: Journal | None) -> None:
         self._journal = journal
-        self._try_at = 0.0
-        self.disk_full = ""
 
     def leased(self, entry: Entry, worker: str) -> None:
         self._write(GroupLeased(group_id=entry.group_id, cursor=entry.cursor, attempt=entry.attempt, worker=worker))
@@ -54,26 +42,3 @@ class Chronicle:
     def _write(self, record: Record, frames: Sequence[Frame] = ()) -> None:
         if self._journal is not None:
             self._journal.append(record, frames)
-
-    def commit(self) -> bool:
-        """Make all of it durable. False while the disk is full: it is tried again once a second."""
-        now = time.monotonic()
-        if self._journal is None:
-            return True
-        if self.disk_full and now < self._try_at:
-            return False
-        try:
-            self._journal.commit()
-        except DiskFull as error:
-            if not self.disk_full:
-                logger.warning("nothing is acknowledged, leased or handed out any more: %s", error)
-            self.disk_full, self._try_at = str(error), now + TRY_AGAIN_S
-            return False
-        if self.disk_full:
-            logger.warning("there is room again: going on")
-            self.disk_full = ""
-        return True
-
-    def close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()

@@ -67,6 +67,8 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._pending: list[Frame] = []
         self._pending_bytes = 0
+        self._writing: list[Frame] = []
+        self._writing_bytes = 0
         self._open(segment)
 
     def _open(self, segment: int) -> None:
@@ -83,12 +85,12 @@ class Journal:
 
     @property
     def pending_bytes(self) -> int:
-        """Appended since the last commit."""
-        return self._pending_bytes
+        """Appended, and not durable yet."""
+        return self._writing_bytes + self._pending_bytes
 
     @property
     def segment_bytes(self) -> int:
-        return self._synced + self._pending_bytes
+        return self._synced + self.pending_bytes
 
     def append(self, record: Record, frames: Sequence[Frame] = ()) -> Place:
         """Add a record; the frames must not change until it is committed. Raises: ValueError if it is too large."""
@@ -110,8 +112,22 @@ class Journal:
 
     def commit(self) -> None:
         """Write and sync what was appended. Raises: DiskFull, with nothing lost and nothing half-written; OSError."""
-        if not self._pending:
-            return
+        while self.begin():
+            self.write()
+            self.end()
+
+    def begin(self) -> bool:
+        """What was appended by now is what `write` will make durable, unless an earlier part is still to be written.
+
+        Returns: False if there is nothing to write.
+        """
+        if not self._writing:
+            self._writing, self._pending = self._pending, []
+            self._writing_bytes, self._pending_bytes = self._pending_bytes, 0
+        return bool(self._writing)
+
+    def write(self) -> None:
+        """Make it durable, perhaps in another thread while records are appended. Raises: as `commit`."""
         try:
             self._write()
             os.fdatasync(self._file)
@@ -120,11 +136,14 @@ class Journal:
                 raise
             os.ftruncate(self._file, self._synced)
             raise DiskFull(error.errno, error.strerror, str(segment_path(self._folder, self.segment))) from None
-        self._synced += self._pending_bytes
-        self._pending, self._pending_bytes = [], 0
+
+    def end(self) -> None:
+        """`write` has returned; call it where records are appended."""
+        self._synced += self._writing_bytes
+        self._writing, self._writing_bytes = [], 0
 
     def _write(self) -> None:
-        parts, offset = [memoryview(part).cast("B") for part in self._pending if len(part)], self._synced
+        parts, offset = [memoryview(part).cast("B") for part in self._writing if len(part)], self._synced
         while parts:
             written = os.pwritev(self._file, parts[:IOV_MAX], offset)
             offset += written
@@ -151,7 +170,7 @@ class Journal:
                 os.close(self._file)
             segment_path(self._folder, old_segment + 1).unlink(missing_ok=True)
             self._file, self.segment, self._synced = old_file, old_segment, old_synced
-            self._pending, self._pending_bytes = [], 0
+            self._pending, self._pending_bytes, self._writing, self._writing_bytes = [], 0, [], 0
             raise
         os.close(old_file)
 

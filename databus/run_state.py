@@ -4,7 +4,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from msgspec import Struct
 
@@ -16,6 +15,7 @@ from databus.evaluation import Evaluations
 from databus.leases import Leases
 from databus.ledger import Ledger
 from databus.messages import Position, VersionPublished
+from databus.outbox import Outbox
 from databus.peers import Peers
 from databus.prompts import GroupFilter, Prompt, PromptSource
 from databus.scheduling import MostCredit, Placement, Scheduler
@@ -31,12 +31,6 @@ class LearnerLost(RunFailed):
     """The learner has gone; what made it go is its own to tell."""
 
 
-class Send(Protocol):
-    def __call__(self, peer: str, message: Struct, frames: Sequence[Frame] = ()) -> bool:
-        """False if the peer is gone."""
-        ...
-
-
 @dataclass
 class RunState:
     """step: the next one to be trained. versions: published ones, newest last. batch: cut, not done yet; batch_cut:
@@ -46,7 +40,7 @@ class RunState:
     prompts: PromptSource
     evals: Sequence[Prompt]
     filters: Sequence[GroupFilter]
-    send: Send
+    outbox: Outbox
     ledger: Ledger
     gate: StalenessGate
     leases: Leases
@@ -63,6 +57,10 @@ class RunState:
     scheduler: Scheduler | None = None
     placement: Placement = field(default_factory=MostCredit)
     progress: float = field(default_factory=time.monotonic)
+
+    def send(self, peer: str, message: Struct, frames: Sequence[Frame] = ()) -> bool:
+        """Once what it promises is durable. False if the peer is gone."""
+        return self.outbox.send(peer, message, frames)
 
     @property
     def newest(self) -> int | None:
@@ -91,7 +89,7 @@ def new_state(
     prompts: PromptSource,
     evals: Sequence[Prompt],
     filters: Sequence[GroupFilter],
-    send: Send,
+    outbox: Outbox,
     position: Position | None,
     chronicle: Chronicle,
     scheduler: Scheduler | None = None,
@@ -109,7 +107,7 @@ def new_state(
         prompts=prompts,
         evals=evals,
         filters=filters,
-        send=send,
+        outbox=outbox,
         ledger=ledger,
         gate=gate,
         leases=Leases(config.bus.lease_s),

@@ -90,7 +90,7 @@ class StepDesk:
         if state.scheduler is not None:
             still_open = {cursor for cursor, _ in state.ledger.pending_at(message.step + 1)}
             row |= state.scheduler.stepped([waiting.entry.cursor for waiting in batch.groups], still_open)
-        self._rows.add(row)
+        state.outbox.then(lambda: self._rows.add(row))
         chosen = [SampledGroup(item.prompt, item.group) for item in batch.groups[:SAMPLED_GROUPS]]
         self._sink.samples(batch.step, chosen)
         state.batch, state.requested, state.step = None, None, message.step + 1
@@ -125,13 +125,10 @@ class StepDesk:
         state.send(learner.name, position)
 
     def tick(self, now: float) -> None:
-        """Close evaluations."""
+        """Close evaluations, write the rows that nothing holds back any more."""
         while closed := self._state.evaluations.tick(now):
             self._state.touch()
             self._cancel(closed)
-
-    def write_rows(self) -> None:
-        """Those that nothing holds back any more."""
         evaluations = self._state.evaluations
         self._rows.flush(evaluations.is_pending, evaluations.take_result)
 

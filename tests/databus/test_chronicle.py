@@ -19,7 +19,7 @@ from scripted import (
     send_group,
 )
 
-import databus.chronicle
+import databus.group_commit
 from databus.groups import GROUP_COLUMNS
 from databus.journal import Journal, read_journal
 from databus.messages import Ack, Credits, Lease
@@ -68,7 +68,7 @@ def test_lost_lease_is_written_down(address: str, tmp_path: Path) -> None:
 def test_full_disk_holds_back_what_promises_something(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(databus.chronicle, "TRY_AGAIN_S", 0.1)
+    monkeypatch.setattr(databus.group_commit, "TRY_AGAIN_S", 0.1)
     full, real = [False], os.pwritev
 
     def pwritev(descriptor: int, parts: Sequence[Any], offset: int) -> int:
