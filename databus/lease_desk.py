@@ -210,7 +210,7 @@ class LeaseDesk:
             state.scheduler.completed(entry.cursor, group)
         self._remember(entry, held.prompt, group)
         state.touch()
-        self._keep_or_settle(Waiting(entry, group, message.reward_names, held.prompt.prompt))
+        self._keep_or_settle(Waiting(entry, group, message.reward_names, held.prompt.prompt, message.columns, frames))
         return True
 
     def _remember(self, entry: Entry, prompt: Prompt, group: Group) -> None:
@@ -225,7 +225,7 @@ class LeaseDesk:
         if not all(each.keep(waiting.group) for each in state.filters):
             state.ledger.settle(waiting.entry, "filtered")
             self._count_filtered()
-        elif waiting.loss_versions is None:  # requeuing it would only give the like again
+        elif waiting.group.loss_versions is None:  # requeuing it would only give the like again
             logger.info("group %s has no token that bears loss", waiting.entry.group_id)
             state.chronicle.stale(waiting.entry, requeued=False)
             state.ledger.settle(waiting.entry, "stale")
