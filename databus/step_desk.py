@@ -38,7 +38,7 @@ class StepDesk:
     def requested(self, learner: Peer, message: BatchRequest) -> None:
         """Note that the learner is ready for a batch; the same one again where it asks again."""
         state = self._state
-        if message.step > state.step:
+        if state.batch is not None and message.step == state.batch.step + 1:
             return  # the report of the step before is on its way, or was lost and will come again
         if message.step != state.step:
             state.send(learner.name, Refused(reason=f"batch {message.step} asked for, the run is at {state.step}"))
