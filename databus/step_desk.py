@@ -90,7 +90,7 @@ class StepDesk:
         if state.scheduler is not None:
             still_open = {cursor for cursor, _ in state.ledger.pending_at(message.step + 1)}
             row |= state.scheduler.stepped([waiting.entry.cursor for waiting in batch.groups], still_open)
-        state.outbox.then(lambda: self._rows.add(row))
+        self._add_row(row)
         chosen = [SampledGroup(item.prompt, item.group) for item in batch.groups[:SAMPLED_GROUPS]]
         self._sink.samples(batch.step, chosen)
         state.batch, state.requested, state.step = None, None, message.step + 1
@@ -102,7 +102,10 @@ class StepDesk:
         state = self._state
         if state.step == state.config.steps and state.evaluations.is_known(state.step) and not self._has_last_row:
             self._has_last_row = True
-            self._rows.add({"step": state.step, "time_s": state.metrics.elapsed_s()})
+            self._add_row({"step": state.step, "time_s": state.metrics.elapsed_s()})
+
+    def _add_row(self, row: dict[str, float]) -> None:
+        self._state.outbox.then(lambda: self._rows.add(row))
 
     def published(self, message: VersionPublished) -> None:
         state = self._state

@@ -18,7 +18,7 @@ from scripted import ScriptedLearner, ScriptedWorker, broker_config
 
 from databus.client import Arrived
 from databus.config import BrokerConfig, BusConfig
-from databus.messages import Ack, Hello, Refused, Stop, ToObserver, ToWorker, Welcome
+from databus.messages import Ack, Hello, Refused, Stop, ToObserver, ToWorker, VersionAnnounced, Welcome
 from databus.transport import make_socket, new_route
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
@@ -82,7 +82,8 @@ class Attacker:
         assert self._socket.poll(ANSWER_S * 1000), f"no answer within {ANSWER_S} s"
         header, *_ = self._socket.recv_multipart()
         assert len(header) <= MAX_ANSWER_BYTES, "what is refused is not sent back whole"
-        return decoder.decode(header)
+        message = decoder.decode(header)
+        return self._answer() if isinstance(message, VersionAnnounced) else message
 
 
 class GoodPeers:
