@@ -60,6 +60,16 @@ class BatchQueue:
     def add(self, waiting: Waiting) -> None:
         insort(self._waiting, waiting, key=_age)
 
+    def remove(self, group_id: str) -> None:
+        self._waiting = [waiting for waiting in self._waiting if waiting.entry.group_id != group_id]
+
+    def take(self, step: int, group_ids: Sequence[str]) -> CutBatch:
+        """The batch of `step` as it was cut once. Raises: KeyError for a group that does not wait."""
+        waiting = {each.entry.group_id: each for each in self._waiting}
+        batch = CutBatch(step, tuple(self._admitted(waiting.pop(group_id), step) for group_id in group_ids))
+        self._waiting = [each for each in self._waiting if each.entry.group_id in waiting]
+        return batch
+
     def cut(self, step: int, on_stale: Callable[[Entry], None]) -> CutBatch | None:
         """The batch of `step`, oldest groups first; None while too few are fresh.
 

@@ -5,14 +5,14 @@ startup ──▶ receive · answer · tick, until all steps are trained ──�
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from databus.chronicle import Chronicle
 from databus.codec import Frame, MalformedMessage
 from databus.config import BrokerConfig
 from databus.group_commit import GroupCommit
-from databus.journal import Journal
+from databus.journal import Journal, JournalEntry
 from databus.keys import ServerKeys
 from databus.lease_desk import LeaseDesk
 from databus.messages import (
@@ -43,6 +43,7 @@ from databus.messages import (
 from databus.outbox import Outbox
 from databus.peers import Peer, may_send
 from databus.prompts import GroupFilter, GroupRecorder, MetricsSink, Prompt, PromptSource
+from databus.recovery import Recovery
 from databus.run_state import LearnerLost, RunFailed, new_state
 from databus.scheduling import Placement, Scheduler
 from databus.staffing import Staffing
@@ -77,8 +78,13 @@ class Broker:
         recorder: GroupRecorder | None = None,
         keys: ServerKeys | None = None,
         journal: Journal | None = None,
+        past: Iterable[JournalEntry] = (),
+        first_row: int = 0,
     ) -> None:
-        """Binds the socket. Args: keys: None for plain text. journal: None writes nothing down.
+        """Binds the socket, and goes on where an earlier broker of the run has stopped.
+
+        Args: keys: None for plain text. journal: None writes nothing down. past: what is in it already. first_row: of
+            the steps whose rows the sink does not have.
 
         Raises: ValueError, one line, where it cannot listen on `config.address`.
         """
@@ -89,12 +95,12 @@ class Broker:
         self._config = config
         outbox = Outbox(self._socket)
         self._commit = GroupCommit(journal, outbox)
-        self._state = new_state(
-            config, prompts, evals, filters, outbox, position, Chronicle(journal), scheduler, placement
-        )
+        self._state = new_state(config, prompts, evals, filters, outbox, position, Chronicle(), scheduler, placement)
         self._leases = LeaseDesk(self._state, recorder)
         self._staffing = Staffing(self._state)
-        self._steps = StepDesk(self._state, sink)
+        self._steps = StepDesk(self._state, sink, first_row)
+        Recovery(self._state, self._leases, self._steps).fold(past)
+        self._state.chronicle.write_to(journal)
         self._phase = "starting"
         self._error = ""
 

@@ -13,7 +13,11 @@ from databus.records import BatchCut, GroupCompleted, GroupLeased, GroupMoved, R
 class Chronicle:
     """Records of what happens, in their order; nothing where there is no journal."""
 
-    def __init__(self, journal: Journal | None) -> None:
+    def __init__(self) -> None:
+        self._journal: Journal | None = None
+
+    def write_to(self, journal: Journal | None) -> None:
+        """From here on; what is replayed from a journal is not written to it again."""
         self._journal = journal
 
     def leased(self, entry: Entry, worker: str) -> None:

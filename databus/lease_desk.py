@@ -205,20 +205,20 @@ class LeaseDesk:
         self._cancel_others(entry)
         state.leases.drop(entry.group_id)
         self._reward_failures = 0
-        state.metrics.completed(group)
-        if state.scheduler is not None:
-            state.scheduler.completed(entry.cursor, group)
-        self._remember(entry, held.prompt, group)
+        self.take_in(entry, held.prompt, group)
+        if self._recorder is not None:
+            self._recorder.record(entry.cursor, entry.group_id, group)
         state.touch()
         self._keep_or_settle(Waiting(entry, group, message.reward_names, held.prompt.prompt, message.columns, frames))
         return True
 
-    def _remember(self, entry: Entry, prompt: Prompt, group: Group) -> None:
-        """Whatever becomes of the group, drafts can be made from it."""
+    def take_in(self, entry: Entry, prompt: Prompt, group: Group) -> None:
+        """Learn from a group, whatever becomes of it."""
+        self._state.metrics.completed(group)
+        if self._state.scheduler is not None:
+            self._state.scheduler.completed(entry.cursor, group)
         if self._history is not None:
             self._history.add(self._key_of(prompt), entry.group_id, group)
-        if self._recorder is not None:
-            self._recorder.record(entry.cursor, entry.group_id, group)
 
     def _keep_or_settle(self, waiting: Waiting) -> None:
         state = self._state

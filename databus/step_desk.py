@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections.abc import Mapping
 
+from databus.batches import CutBatch
 from databus.evaluation import Evaluation
 from databus.ledger import Entry
 from databus.messages import BatchRequest, Cancel, Position, PositionRequest, Refused, StepDone, VersionPublished
@@ -19,11 +21,17 @@ SAMPLED_GROUPS = 2
 class StepDesk:
     """Hands batches to the learner and keeps count of steps."""
 
-    def __init__(self, state: RunState, sink: MetricsSink) -> None:
+    def __init__(self, state: RunState, sink: MetricsSink, first_row: int = 0) -> None:
+        """Args: first_row: rows of earlier steps were written by a broker before this one."""
         self._state = state
+        self._first_row = first_row
         self._sink = sink
-        self._rows = RowQueue(sink.write)
+        self._rows = RowQueue(self._write_row)
         self._has_last_row = False
+
+    def _write_row(self, row: Mapping[str, float]) -> None:
+        if row["step"] >= self._first_row:
+            self._sink.write(row)
 
     def finished(self) -> bool:
         """All steps are taken, all evaluations done, all rows written."""
@@ -82,18 +90,24 @@ class StepDesk:
             logger.warning("step %d reported, which is not under way", message.step)
             return
         state.chronicle.stepped(message)
+        self.take_step(batch, message.metrics)
+
+    def take_step(self, batch: CutBatch, metrics: Mapping[str, float]) -> None:
+        """The batch is trained, and its row can be made."""
+        state = self._state
         for waiting in batch.groups:
             state.ledger.settle(waiting.entry, "trained")
         for worker in state.peers.workers():
             state.metrics.heard(worker)
-        row = state.metrics.row(batch, message.metrics, len(state.queue), state.ledger.counts())
+        row = state.metrics.row(batch, metrics, len(state.queue), state.ledger.counts())
         if state.scheduler is not None:
-            still_open = {cursor for cursor, _ in state.ledger.pending_at(message.step + 1)}
+            still_open = {cursor for cursor, _ in state.ledger.pending_at(batch.step + 1)}
             row |= state.scheduler.stepped([waiting.entry.cursor for waiting in batch.groups], still_open)
         self._add_row(row)
-        chosen = [SampledGroup(item.prompt, item.group) for item in batch.groups[:SAMPLED_GROUPS]]
-        self._sink.samples(batch.step, chosen)
-        state.batch, state.requested, state.step = None, None, message.step + 1
+        if batch.step >= self._first_row:
+            chosen = [SampledGroup(item.prompt, item.group) for item in batch.groups[:SAMPLED_GROUPS]]
+            self._sink.samples(batch.step, chosen)
+        state.batch, state.requested, state.step = None, None, batch.step + 1
         state.touch()
         self._add_last_row()
 
