@@ -85,7 +85,7 @@ def digest(state: RunState) -> dict[str, Any]:
         "masks": None if state.batch is None else [w.group.loss_mask.tobytes() for w in state.batch.groups],
         "step": state.step,
         "leases": sorted((held.group_id, held.worker) for held in state.leases._held.values()),
-        "late": sorted(state.leases._late),
+        "late": sorted(group_id for group_id in state.leases._late if ledger.get(group_id) is not None),
     }
 
 
