@@ -16,6 +16,7 @@ class Waiting:
     """A completed group: its place in the ledger, its data, the names of its reward's parts, and its prompt's text.
 
     columns, frames: the data as it came in, and goes out again; none where it has been changed since.
+    place: of its record in the journal (`databus.journal.Place.pack`), -1 where it has none.
     """
 
     entry: Entry
@@ -24,6 +25,7 @@ class Waiting:
     prompt: str
     columns: tuple[Column, ...] = ()
     frames: Sequence[Frame] = ()
+    place: int = -1
 
     def encoded(self) -> tuple[tuple[Column, ...], Sequence[Frame]]:
         return (self.columns, self.frames) if self.columns else encode_columns(self.group.columns())

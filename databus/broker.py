@@ -44,7 +44,7 @@ from databus.outbox import Outbox
 from databus.peers import Peer, may_send
 from databus.prompts import GroupFilter, GroupRecorder, MetricsSink, Prompt, PromptSource
 from databus.recovery import Recovery
-from databus.run_state import LearnerLost, RunFailed, new_state
+from databus.run_state import RunFailed, new_state
 from databus.scheduling import Placement, Scheduler
 from databus.staffing import Staffing
 from databus.step_desk import StepDesk
@@ -158,7 +158,8 @@ class Broker:
                 return
             peer = self._state.peers.get(name)
             if peer is None or peer.route != route or key_role not in (None, peer.role):
-                self._refuse(route, "say hello first: the broker does not know you, or has given you up for dead")
+                reason = "say hello first: the broker does not know you, or has given you up for dead"
+                self._refuse(route, reason, unknown=True)
                 return
             peer.heard = time.monotonic()
             if not may_send(peer.role, message):
@@ -214,6 +215,8 @@ class Broker:
             if known is not None:
                 self._lost(known, "was replaced")
             self._staffing.joined(self._state.peers.add(hello, route))
+            if hello.role == "learner":
+                self._steps.learner_joined(hello)
             self._socket.seat(sender, route)
             logger.info("%s joined: %s, pid %d on %s", sender, hello.role, hello.pid, hello.host)
             self._state.touch()
@@ -223,6 +226,7 @@ class Broker:
             peer_timeout_s=self._config.bus.peer_timeout_s,
             config_json=self._config.config_json,
             run_dir=self._config.run_dir,
+            reconnect_s=self._config.bus.reconnect_s,
         )
         self._socket.send(sender, welcome)
 
@@ -231,13 +235,12 @@ class Broker:
             return f"its key is of role {key_role}, and it calls itself {hello.role}"
         if self._phase in ENDED:
             return f"the run is over: {self._error or 'all steps are done'}"
-        newest = self._config.start_step if self._state.newest is None else self._state.newest
-        return self._state.peers.objection(sender, hello, self._config.run_id, newest)
+        return self._state.peers.objection(sender, hello, self._config.run_id, self._state.newest_known)
 
-    def _refuse(self, route: bytes, reason: str) -> None:
+    def _refuse(self, route: bytes, reason: str, unknown: bool = False) -> None:
         """What is refused may be long and hostile, and so may what is said of it."""
         self.refused += 1
-        self._socket.answer(route, Refused(reason=reason[:MAX_REASON]))
+        self._socket.answer(route, Refused(reason=reason[:MAX_REASON], unknown=unknown))
 
     def _log_refusal(self, name: str, reason: str) -> None:
         """One a second at most: nobody may fill the log."""
@@ -247,15 +250,15 @@ class Broker:
             logger.warning("message of %r refused, %d by now: %s", name[:MAX_REASON], self.refused, reason[:MAX_REASON])
 
     def _lost(self, peer: Peer, why: str) -> None:
-        """Raises: LearnerLost, unless its work is done."""
+        """A worker's leases go to others; a learner may come back, and rollouts go on as far as the bound allows."""
         self._state.peers.remove(peer.name)
         self._socket.forget(peer.name)
         if peer.role == "worker":
             self._leases.worker_gone(peer)
         if peer.role != "observer":
             logger.info("%s %s", peer.name, why)
-        if peer.role == "learner" and self._phase not in ENDED:
-            raise LearnerLost(f"the learner {why}")
+        if peer.role == "learner":
+            self._state.requested = None
 
     # ------------------------------------------------------------ the run as a whole
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from databus.batches import CutBatch
 from databus.codec import Frame
-from databus.journal import Journal
+from databus.journal import Journal, JournalEntry, Place
 from databus.ledger import Entry, State
 from databus.messages import Completed, StepDone
 from databus.records import BatchCut, GroupCompleted, GroupLeased, GroupMoved, Record, StepTaken
@@ -23,11 +23,17 @@ class Chronicle:
     def leased(self, entry: Entry, worker: str) -> None:
         self._write(GroupLeased(group_id=entry.group_id, cursor=entry.cursor, attempt=entry.attempt, worker=worker))
 
-    def completed(self, message: Completed, frames: Sequence[Frame], worker: str) -> None:
+    def completed(self, message: Completed, frames: Sequence[Frame], worker: str) -> int:
+        """Returns: the packed place of the record; -1 where there is no journal."""
         record = GroupCompleted(
             group_id=message.group_id, worker=worker, columns=message.columns, reward_names=message.reward_names
         )
-        self._write(record, frames)
+        return -1 if self._journal is None else self._journal.append(record, frames).pack()
+
+    def read(self, place: int) -> JournalEntry:
+        """What `completed` wrote, once it is durable. Raises: JournalDamaged."""
+        assert self._journal is not None
+        return self._journal.read(Place.unpack(place))
 
     def moved(self, entry: Entry, state: State) -> None:
         """For `Ledger.on_transition`: the other transitions have records that say more."""
@@ -43,6 +49,6 @@ class Chronicle:
     def stepped(self, message: StepDone) -> None:
         self._write(StepTaken(step=message.step, metrics=message.metrics))
 
-    def _write(self, record: Record, frames: Sequence[Frame] = ()) -> None:
+    def _write(self, record: Record) -> None:
         if self._journal is not None:
-            self._journal.append(record, frames)
+            self._journal.append(record)

@@ -30,6 +30,7 @@ from databus.records import Record
 MAGIC = b"echelon journal1"
 HEAD = struct.Struct("<IIQQ")
 MAX_RECORD_BYTES = 1 << 30
+OFFSET_BITS = 40
 
 _segment_name = re.compile(r"(\d{6,})\.log")
 _decoder = msgspec.msgpack.Decoder(Record)
@@ -48,6 +49,14 @@ class Place(NamedTuple):
 
     segment: int
     offset: int
+
+    def pack(self) -> int:
+        """As one number of 64 bits: there may be millions of them."""
+        return self.segment << OFFSET_BITS | self.offset
+
+    @classmethod
+    def unpack(cls, packed: int) -> "Place":
+        return cls(packed >> OFFSET_BITS, packed & ((1 << OFFSET_BITS) - 1))
 
 
 class JournalEntry(NamedTuple):
@@ -173,6 +182,10 @@ class Journal:
             self._pending, self._pending_bytes, self._writing, self._writing_bytes = [], 0, [], 0
             raise
         os.close(old_file)
+
+    def read(self, place: Place) -> JournalEntry:
+        """A record that is durable. Raises: JournalDamaged."""
+        return read_record(self._folder, place)
 
     def drop_before(self, segment: int) -> None:
         """Delete the segments below this one, oldest first."""

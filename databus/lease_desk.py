@@ -201,7 +201,7 @@ class LeaseDesk:
         check_holder(worker, held.worker)
         check_against_lease(group, held.prompt, state.config.group_size, state.config.max_tokens)
         self._serves(worker, int(group.version_values.max(initial=0)))
-        state.chronicle.completed(message, frames, worker.name)
+        place = state.chronicle.completed(message, frames, worker.name)
         self._cancel_others(entry)
         state.leases.drop(entry.group_id)
         self._reward_failures = 0
@@ -209,7 +209,9 @@ class LeaseDesk:
         if self._recorder is not None:
             self._recorder.record(entry.cursor, entry.group_id, group)
         state.touch()
-        self._keep_or_settle(Waiting(entry, group, message.reward_names, held.prompt.prompt, message.columns, frames))
+        self._keep_or_settle(
+            Waiting(entry, group, message.reward_names, held.prompt.prompt, message.columns, frames, place)
+        )
         return True
 
     def take_in(self, entry: Entry, prompt: Prompt, group: Group) -> None:
@@ -309,20 +311,24 @@ class LeaseDesk:
         worker.credits = max(worker.credits, message.credits)
         self._serves(worker, message.version)
         now, held = time.monotonic(), set(message.group_ids)
-        for lease in self._state.leases.sent_before(worker.name, now - self._state.config.bus.peer_timeout_s / 2):
-            if lease.group_id not in held:
-                logger.warning("the lease of group %s never reached %s", lease.group_id, worker.name)
-                worker.leases_sent -= 1
+        for lease in self._state.leases.sent_before(now - self._state.config.bus.peer_timeout_s / 2):
+            if lease.worker == worker.name and lease.group_id not in held:
+                logger.warning("%s does not have its lease of group %s", worker.name, lease.group_id)
+                worker.leases_sent -= lease.sent >= worker.joined  # earlier ones cost no credit of this connection
                 self._lease_lost(lease)
 
     def _serves(self, worker: Peer, version: int) -> None:
         """Admission relies on what workers say here. Raises: MalformedMessage for a version it was not told of."""
-        if version > max(worker.announced, worker.version):
-            raise MalformedMessage(f"version {version} is served, {worker.announced} is the newest announced")
+        newest = self._state.newest_known
+        if version > newest:
+            raise MalformedMessage(f"version {version} is served, {newest} is the newest announced")
         worker.version = max(worker.version, version)
 
     def tick(self, now: float) -> None:
-        """Take back what is overdue."""
+        """Take back what is overdue, and what workers hold who have not come back to a new broker."""
+        for held in self._state.leases.sent_before(now - self._state.config.bus.peer_timeout_s):
+            if self._state.peers.get(held.worker) is None:
+                self._lease_lost(held)
         for held in self._state.leases.overdue(now):
             logger.warning("the lease of group %s to %s has expired", held.group_id, held.worker)
             self._state.send(held.worker, Cancel(group_ids=(held.group_id,)))

@@ -68,7 +68,11 @@ class Recovery:
             state.leases.drop(other.group_id)
         state.leases.drop(entry.group_id)
         self._leases.take_in(entry, held.prompt, group)
-        state.queue.add(Waiting(entry, group, record.reward_names, held.prompt.prompt, record.columns, item.frames))
+        state.queue.add(
+            Waiting(
+                entry, group, record.reward_names, held.prompt.prompt, record.columns, item.frames, item.place.pack()
+            )
+        )
 
     def _moved(self, record: GroupMoved) -> None:
         state = self._state

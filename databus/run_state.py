@@ -1,6 +1,7 @@
 """What the broker knows of a run; its desks share it, one thread works on it."""
 
 import time
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,14 +28,13 @@ class RunFailed(RuntimeError):
     """The run cannot go on; the text is its first cause, one line for a person."""
 
 
-class LearnerLost(RunFailed):
-    """The learner has gone; what made it go is its own to tell."""
-
-
 @dataclass
 class RunState:
     """step: the next one to be trained. versions: published ones, newest last. batch: cut, not done yet; batch_cut:
-    when, on the monotonic clock."""
+    when, on the monotonic clock.
+
+    trained: places in the journal, packed, of the groups of each step that was taken.
+    """
 
     config: BrokerConfig
     prompts: PromptSource
@@ -56,7 +56,14 @@ class RunState:
     requested: int | None = None
     scheduler: Scheduler | None = None
     placement: Placement = field(default_factory=MostCredit)
+    trained: dict[int, "array[int]"] = field(default_factory=dict)
     progress: float = field(default_factory=time.monotonic)
+
+    @property
+    def newest_known(self) -> int:
+        """The newest version that anybody may have: the learner may not have told a new broker yet."""
+        published = self.config.start_step if self.newest is None else self.newest
+        return max(published, self.step + (self.batch is not None))
 
     def send(self, peer: str, message: Struct, frames: Sequence[Frame] = ()) -> bool:
         """Once what it promises is durable. False if the peer is gone."""

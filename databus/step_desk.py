@@ -2,14 +2,18 @@
 
 import logging
 import time
+from array import array
 from collections.abc import Mapping
 
-from databus.batches import CutBatch
+from databus.batches import CutBatch, Waiting
+from databus.codec import decode_columns
 from databus.evaluation import Evaluation
+from databus.groups import group_from_columns
 from databus.ledger import Entry
-from databus.messages import BatchRequest, Cancel, Position, PositionRequest, Refused, StepDone, VersionPublished
+from databus.messages import BatchRequest, Cancel, Hello, Position, PositionRequest, Refused, StepDone, VersionPublished
 from databus.peers import Peer
 from databus.prompts import MetricsSink, SampledGroup
+from databus.records import GroupCompleted
 from databus.run_state import RunState
 from databus.step_metrics import RowQueue
 
@@ -28,6 +32,7 @@ class StepDesk:
         self._sink = sink
         self._rows = RowQueue(self._write_row)
         self._has_last_row = False
+        self._learner = ("", 0)
 
     def _write_row(self, row: Mapping[str, float]) -> None:
         if row["step"] >= self._first_row:
@@ -48,12 +53,34 @@ class StepDesk:
         state = self._state
         if state.batch is not None and message.step == state.batch.step + 1:
             return  # the report of the step before is on its way, or was lost and will come again
+        if message.step in state.trained:
+            self._send(learner, self._batch_of(message.step))
+            return
         if message.step != state.step:
             state.send(learner.name, Refused(reason=f"batch {message.step} asked for, the run is at {state.step}"))
             return
         state.requested = message.step
         if state.batch is not None:
-            self._send_batch(learner)
+            self._send(learner, state.batch)
+
+    def learner_joined(self, hello: Hello) -> None:
+        """Where another one served its versions, nobody answers any more."""
+        process = (hello.host, hello.pid)
+        if process != self._learner:
+            self._learner = process
+            self._state.versions.clear()
+
+    def _batch_of(self, step: int) -> CutBatch:
+        """The batch of a step that was taken, as it was, from the journal. Raises: JournalDamaged."""
+        waiting: list[Waiting] = []
+        for place in self._state.trained[step]:
+            _, record, frames = self._state.chronicle.read(place)
+            assert isinstance(record, GroupCompleted)
+            group = self._state.gate.admit(group_from_columns(decode_columns(record.columns, frames)), step)
+            assert group is not None
+            entry = Entry(record.group_id, cursor=-1, attempt=-1, order=-1, next_attempt=-1)
+            waiting.append(Waiting(entry, group, record.reward_names, ""))
+        return CutBatch(step, tuple(waiting))
 
     def cut(self) -> None:
         """Hand over the batch that was asked for, as soon as enough fresh groups are in."""
@@ -66,7 +93,7 @@ class StepDesk:
             state.batch_cut = time.monotonic()
             state.touch()
             state.chronicle.cut(state.batch)
-            self._send_batch(learner)
+            self._send(learner, state.batch)
 
     def _settle_stale(self, entry: Entry) -> None:
         logger.info("group %s is too old for step %s", entry.group_id, self._state.requested)
@@ -77,9 +104,8 @@ class StepDesk:
         else:
             self._state.ledger.settle(entry, "stale")
 
-    def _send_batch(self, learner: Peer) -> None:
-        assert self._state.batch is not None
-        message, frames = self._state.batch.message(self._state.config.max_staleness)
+    def _send(self, learner: Peer, batch: CutBatch) -> None:
+        message, frames = batch.message(self._state.config.max_staleness)
         self._state.send(learner.name, message, frames)
 
     def step_done(self, message: StepDone) -> None:
@@ -104,6 +130,8 @@ class StepDesk:
             still_open = {cursor for cursor, _ in state.ledger.pending_at(batch.step + 1)}
             row |= state.scheduler.stepped([waiting.entry.cursor for waiting in batch.groups], still_open)
         self._add_row(row)
+        if all(waiting.place >= 0 for waiting in batch.groups):
+            state.trained[batch.step] = array("Q", [waiting.place for waiting in batch.groups])
         if batch.step >= self._first_row:
             chosen = [SampledGroup(item.prompt, item.group) for item in batch.groups[:SAMPLED_GROUPS]]
             self._sink.samples(batch.step, chosen)
