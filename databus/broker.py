@@ -101,6 +101,7 @@ class Broker:
         self._steps = StepDesk(self._state, sink, first_row)
         Recovery(self._state, self._leases, self._steps).fold(past)
         self._state.chronicle.write_to(journal)
+        self._state.chronicle.started(config)
         self._phase = "starting"
         self._error = ""
 
@@ -120,6 +121,7 @@ class Broker:
                 self._say_stop(stop)
             finally:
                 self._socket.close()
+                self._state.chronicle.ended(stop.ok, stop.reason)
                 self._commit.close()
 
     # ------------------------------------------------------------ the loop

@@ -1,13 +1,24 @@
 """What the broker writes down: everything that changes the ledger becomes a record."""
 
+import time
 from collections.abc import Sequence
 
 from databus.batches import CutBatch
 from databus.codec import Frame
+from databus.config import BrokerConfig
 from databus.journal import Journal, JournalEntry, Place
 from databus.ledger import Entry, State
 from databus.messages import Completed, StepDone
-from databus.records import BatchCut, GroupCompleted, GroupLeased, GroupMoved, Record, StepTaken
+from databus.records import (
+    BatchCut,
+    BrokerEnded,
+    BrokerStarted,
+    GroupCompleted,
+    GroupLeased,
+    GroupMoved,
+    Record,
+    StepTaken,
+)
 
 
 class Chronicle:
@@ -19,6 +30,22 @@ class Chronicle:
     def write_to(self, journal: Journal | None) -> None:
         """From here on; what is replayed from a journal is not written to it again."""
         self._journal = journal
+
+    def started(self, config: BrokerConfig) -> None:
+        record = BrokerStarted(
+            run_id=config.run_id,
+            steps=config.steps,
+            group_size=config.group_size,
+            batch_groups=config.batch_groups,
+            max_staleness=config.max_staleness,
+            stale_policy=config.stale_policy,
+            max_tokens=config.max_tokens,
+            time_s=time.time(),
+        )
+        self._write(record)
+
+    def ended(self, ok: bool, reason: str) -> None:
+        self._write(BrokerEnded(ok=ok, reason=reason))
 
     def leased(self, entry: Entry, worker: str) -> None:
         self._write(GroupLeased(group_id=entry.group_id, cursor=entry.cursor, attempt=entry.attempt, worker=worker))

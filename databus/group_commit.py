@@ -8,6 +8,7 @@ import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from databus.crash import crash_point
 from databus.journal import DiskFull, Journal
 from databus.outbox import Outbox
 
@@ -67,6 +68,7 @@ class GroupCommit:
             logger.warning("there is room again: going on")
             self.disk_full = ""
         self._journal.end()
+        crash_point("before_ack")
         self._outbox.flush()
 
     def close(self) -> None:

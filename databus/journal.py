@@ -25,6 +25,7 @@ import numpy as np
 import xxhash
 
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
+from databus.crash import crash_point
 from databus.records import Record
 
 MAGIC = b"echelon journal1"
@@ -138,8 +139,11 @@ class Journal:
     def write(self) -> None:
         """Make it durable, perhaps in another thread while records are appended. Raises: as `commit`."""
         try:
+            crash_point("before_write")
             self._write()
+            crash_point("before_sync")
             os.fdatasync(self._file)
+            crash_point("after_sync")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -156,6 +160,7 @@ class Journal:
         while parts:
             written = os.pwritev(self._file, parts[:IOV_MAX], offset)
             offset += written
+            crash_point("after_write")
             while parts and written >= parts[0].nbytes:
                 written -= parts.pop(0).nbytes
             if written:

@@ -24,7 +24,7 @@ import databus.group_commit
 from databus.groups import GROUP_COLUMNS
 from databus.journal import Journal, read_journal
 from databus.messages import Ack, Credits, Lease
-from databus.records import BatchCut, GroupCompleted, GroupLeased, GroupMoved, StepTaken
+from databus.records import BatchCut, BrokerEnded, BrokerStarted, GroupCompleted, GroupLeased, GroupMoved, StepTaken
 
 
 def test_a_run_is_written_down_in_its_order(address: str, tmp_path: Path) -> None:
@@ -36,6 +36,7 @@ def test_a_run_is_written_down_in_its_order(address: str, tmp_path: Path) -> Non
     running.join()
     entries = list(read_journal(tmp_path))
     records = [entry.record for entry in entries]
+    assert records[-1] == BrokerEnded(ok=True, reason="all steps are done")
     cuts = [record for record in records if isinstance(record, BatchCut)]
     assert [cut.group_ids for cut in cuts] == [tuple(group.group_id for group in batch.groups) for batch in batches]
     assert [record.step for record in records if isinstance(record, StepTaken)] == [0, 1]
@@ -57,7 +58,8 @@ def test_lost_lease_is_written_down(address: str, tmp_path: Path) -> None:
     second = connect(address, "second", "worker", max_sequences=4)
     second.send(Credits(total=1))
     again = receive(second, Lease)
-    records = [entry.record for entry in read_journal(tmp_path)]
+    started, *records = [entry.record for entry in read_journal(tmp_path)]
+    assert isinstance(started, BrokerStarted) and started.run_id == "test"
     assert records == [
         GroupLeased(group_id=lease.group_id, cursor=0, attempt=0, worker="first"),
         GroupMoved(group_id=lease.group_id, state="expired"),
@@ -90,5 +92,5 @@ def test_full_disk_holds_back_what_promises_something(
     assert receive(worker, Ack).accepted
     receive(worker, Lease)
     written = [type(entry.record) for entry in read_journal(tmp_path)]
-    assert written == [GroupLeased, GroupCompleted, GroupLeased]
+    assert written == [BrokerStarted, GroupLeased, GroupCompleted, GroupLeased]
     worker.close("done")

@@ -4,7 +4,6 @@ import random
 import tempfile
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +183,8 @@ def test_records_that_do_not_follow_are_named(tmp_path: Path, monkeypatch: pytes
     for _ in range(5):
         theatre.turn()
     theatre.broker._commit.close()
-    without_first = islice(read_journal(tmp_path), 1, None)
+    without_a_lease = (entry for place, entry in enumerate(read_journal(tmp_path)) if place != 1)
     with pytest.raises(
         JournalDamaged, match=r"segment 0, byte .*: Group.* does not follow from what was written before"
     ):
-        Broker(config, Prompts(), [], Sink(), past=without_first)
+        Broker(config, Prompts(), [], Sink(), past=without_a_lease)
