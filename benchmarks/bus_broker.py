@@ -14,6 +14,7 @@ from bus_load import PROMPT_IDS
 
 from databus.broker import Broker
 from databus.config import BrokerConfig
+from databus.journal import Journal
 from databus.keys import server_keys
 from databus.process import die_with_parent
 from databus.prompts import Prompt, SampledGroup
@@ -39,7 +40,7 @@ def main() -> None:
     folder, settings = Path(sys.argv[1]), sys.argv[2]
     config = msgspec.json.decode(settings, type=BrokerConfig)
     keys = server_keys(folder / KEYS, "broker") if (folder / KEYS).exists() else None
-    broker = Broker(config, OnePrompt(), [], NoSink(), keys=keys)
+    broker = Broker(config, OnePrompt(), [], NoSink(), keys=keys, journal=Journal(folder / "journal"))
     temporary = folder / "address.new"
     temporary.write_text(broker.address)
     temporary.rename(folder / ADDRESS_FILE)

@@ -5,11 +5,14 @@ startup ──▶ receive · answer · tick, until all steps are trained ──�
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
+from databus.chronicle import Chronicle
 from databus.codec import Frame, MalformedMessage
 from databus.config import BrokerConfig
+from databus.group_commit import GroupCommit
+from databus.journal import Journal, JournalEntry
 from databus.keys import ServerKeys
 from databus.lease_desk import LeaseDesk
 from databus.messages import (
@@ -37,9 +40,11 @@ from databus.messages import (
     VersionPublished,
     Welcome,
 )
+from databus.outbox import Outbox
 from databus.peers import Peer, may_send
 from databus.prompts import GroupFilter, GroupRecorder, MetricsSink, Prompt, PromptSource
-from databus.run_state import LearnerLost, RunFailed, new_state
+from databus.recovery import Recovery
+from databus.run_state import RunFailed, new_state
 from databus.scheduling import Placement, Scheduler
 from databus.staffing import Staffing
 from databus.step_desk import StepDesk
@@ -48,6 +53,8 @@ from databus.transport import BrokerSocket, Received
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.2
+WRITING_TICK_S = 0.001
+"""How soon what has become durable is said, where no message comes in meanwhile."""
 MAX_MESSAGES_A_TICK = 256
 GOODBYE_TIMEOUT_S = 60.0
 STOP_AGAIN_S = 2.0
@@ -70,8 +77,14 @@ class Broker:
         placement: Placement | None = None,
         recorder: GroupRecorder | None = None,
         keys: ServerKeys | None = None,
+        journal: Journal | None = None,
+        past: Iterable[JournalEntry] = (),
+        first_row: int = 0,
     ) -> None:
-        """Binds the socket. Args: keys: None for plain text.
+        """Binds the socket, and goes on where an earlier broker of the run has stopped.
+
+        Args: keys: None for plain text. journal: None writes nothing down. past: what is in it already. first_row: of
+            the steps whose rows the sink does not have.
 
         Raises: ValueError, one line, where it cannot listen on `config.address`.
         """
@@ -80,12 +93,15 @@ class Broker:
         self.refused = 0
         self._refusal_logged = -1.0
         self._config = config
-        self._state = new_state(
-            config, prompts, evals, filters, self._socket.send, position, scheduler=scheduler, placement=placement
-        )
+        outbox = Outbox(self._socket)
+        self._commit = GroupCommit(journal, outbox)
+        self._state = new_state(config, prompts, evals, filters, outbox, position, Chronicle(), scheduler, placement)
         self._leases = LeaseDesk(self._state, recorder)
         self._staffing = Staffing(self._state)
-        self._steps = StepDesk(self._state, sink)
+        self._steps = StepDesk(self._state, sink, first_row)
+        Recovery(self._state, self._leases, self._steps).fold(past)
+        self._state.chronicle.write_to(journal)
+        self._state.chronicle.started(config)
         self._phase = "starting"
         self._error = ""
 
@@ -93,7 +109,7 @@ class Broker:
         """Serve until the last step is trained and evaluated. Raises: RunFailed with the first cause."""
         stop = Stop(reason="all steps are done")
         try:
-            while not self._steps.finished():
+            while not (self._steps.finished() and self._commit.is_idle):
                 self._turn()
             self._phase = "finished"
         except BaseException as error:  # Ctrl-C as well: nobody may take it for a good end
@@ -105,11 +121,13 @@ class Broker:
                 self._say_stop(stop)
             finally:
                 self._socket.close()
+                self._state.chronicle.ended(stop.ok, stop.reason)
+                self._commit.close()
 
     # ------------------------------------------------------------ the loop
 
     def _turn(self) -> None:
-        self._receive(TICK_S)
+        self._receive(WRITING_TICK_S if self._commit.is_busy else TICK_S)
         now = time.monotonic()
         for peer in self._state.peers.silent(now):
             self._lost(peer, f"not heard for {now - peer.heard:.1f} s")
@@ -119,6 +137,7 @@ class Broker:
         self._leases.announce()
         self._leases.lease_all()
         self._steps.cut()
+        self._commit.turn()
         self._update_phase()
 
     def _receive(self, timeout_s: float) -> None:
@@ -141,7 +160,8 @@ class Broker:
                 return
             peer = self._state.peers.get(name)
             if peer is None or peer.route != route or key_role not in (None, peer.role):
-                self._refuse(route, "say hello first: the broker does not know you, or has given you up for dead")
+                reason = "say hello first: the broker does not know you, or has given you up for dead"
+                self._refuse(route, reason, unknown=True)
                 return
             peer.heard = time.monotonic()
             if not may_send(peer.role, message):
@@ -155,7 +175,7 @@ class Broker:
         match message:
             case Heartbeat():
                 peer.take_heartbeat(message, time.monotonic())
-                self._state.send(peer.name, HeartbeatReply(version=self._state.newest or 0))
+                self._socket.send(peer.name, HeartbeatReply(version=self._state.newest or 0))
             case Goodbye(reason=reason):
                 self._lost(peer, f"left: {reason}" if reason else "left")
             case Credits(total=total):
@@ -181,7 +201,7 @@ class Broker:
             case PositionRequest():
                 self._steps.position(peer, message)
             case StatusRequest():
-                self._state.send(peer.name, self._status())
+                self._socket.send(peer.name, self._status())
 
     # ------------------------------------------------------------ peers
 
@@ -197,6 +217,8 @@ class Broker:
             if known is not None:
                 self._lost(known, "was replaced")
             self._staffing.joined(self._state.peers.add(hello, route))
+            if hello.role == "learner":
+                self._steps.learner_joined(hello)
             self._socket.seat(sender, route)
             logger.info("%s joined: %s, pid %d on %s", sender, hello.role, hello.pid, hello.host)
             self._state.touch()
@@ -206,21 +228,21 @@ class Broker:
             peer_timeout_s=self._config.bus.peer_timeout_s,
             config_json=self._config.config_json,
             run_dir=self._config.run_dir,
+            reconnect_s=self._config.bus.reconnect_s,
         )
-        self._state.send(sender, welcome)
+        self._socket.send(sender, welcome)
 
     def _objection(self, sender: str, hello: Hello, key_role: Role | None) -> str:
         if key_role not in (None, hello.role):
             return f"its key is of role {key_role}, and it calls itself {hello.role}"
         if self._phase in ENDED:
             return f"the run is over: {self._error or 'all steps are done'}"
-        newest = self._config.start_step if self._state.newest is None else self._state.newest
-        return self._state.peers.objection(sender, hello, self._config.run_id, newest)
+        return self._state.peers.objection(sender, hello, self._config.run_id, self._state.newest_known)
 
-    def _refuse(self, route: bytes, reason: str) -> None:
+    def _refuse(self, route: bytes, reason: str, unknown: bool = False) -> None:
         """What is refused may be long and hostile, and so may what is said of it."""
         self.refused += 1
-        self._socket.answer(route, Refused(reason=reason[:MAX_REASON]))
+        self._socket.answer(route, Refused(reason=reason[:MAX_REASON], unknown=unknown))
 
     def _log_refusal(self, name: str, reason: str) -> None:
         """One a second at most: nobody may fill the log."""
@@ -230,15 +252,15 @@ class Broker:
             logger.warning("message of %r refused, %d by now: %s", name[:MAX_REASON], self.refused, reason[:MAX_REASON])
 
     def _lost(self, peer: Peer, why: str) -> None:
-        """Raises: LearnerLost, unless its work is done."""
+        """A worker's leases go to others; a learner may come back, and rollouts go on as far as the bound allows."""
         self._state.peers.remove(peer.name)
         self._socket.forget(peer.name)
         if peer.role == "worker":
             self._leases.worker_gone(peer)
         if peer.role != "observer":
             logger.info("%s %s", peer.name, why)
-        if peer.role == "learner" and self._phase not in ENDED:
-            raise LearnerLost(f"the learner {why}")
+        if peer.role == "learner":
+            self._state.requested = None
 
     # ------------------------------------------------------------ the run as a whole
 
@@ -278,10 +300,11 @@ class Broker:
             if now >= say_at:  # again and again: it may be lost on the way
                 say_at = now + STOP_AGAIN_S
                 for peer in self._state.peers:
-                    self._state.send(peer.name, stop)
+                    self._socket.send(peer.name, stop)
             if now >= deadline or all(peer.role == "observer" for peer in self._state.peers):
                 return
             with suppress(RunFailed):  # one cause is enough
                 self._receive(TICK_S)
+            self._commit.turn()
             for peer in self._state.peers.silent(time.monotonic()):
                 self._lost(peer, "left without a word")

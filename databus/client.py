@@ -210,9 +210,13 @@ class BusClient:
             return
         if isinstance(message, HeartbeatReply):
             return
+        if isinstance(message, Refused) and message.unknown and self._welcomed:
+            beat.away()
+            return
         if isinstance(message, Welcome):
             if beat.welcome is not None:
                 return  # an answer to a hello that was repeated
+            # Also the second time: what was sent to the broker before may be lost.
             beat.welcomed(message)
             self._welcomed = True
             self._put(Arrived(message, ()))
@@ -240,15 +244,24 @@ class _Beat:
         self._hello = hello
         self._heartbeat = heartbeat
         self._next = 0.0
+        self._give_up: float | None = None
+
+    def away(self) -> None:
+        """The broker is not there, or not the one that knew us: say hello until it answers."""
+        if self.welcome is not None:
+            self._give_up = time.monotonic() + self.welcome.reconnect_s
+            self.welcome, self._next = None, 0.0
 
     def welcomed(self, welcome: Welcome) -> None:
-        self.welcome = welcome
+        self.welcome, self._give_up = welcome, None
         self._next = 0.0  # the pause between hellos may be longer than that between heartbeats
 
     def check(self, socket: zmq.Socket) -> None:
         now = time.monotonic()
         if self.welcome is not None and now - self.heard > self.welcome.peer_timeout_s:
-            raise BusLost(f"nothing heard from the broker for {self.welcome.peer_timeout_s:g} s")
+            self.away()
+        if self._give_up is not None and now > self._give_up:
+            raise BusLost(f"nothing heard from the broker for {now - self.heard:.0f} s")
         if now >= self._next:
             message = self._hello if self.welcome is None else self._heartbeat()
             socket.send_multipart([encode_header(message)])

@@ -21,6 +21,7 @@ class BusConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     heartbeat_s: how often every peer is heard.
     peer_timeout_s: silence after which a peer is taken for dead and loses its leases.
     lease_s: time a worker has for one group.
+    reconnect_s: time for which peers wait for a broker that is away; then they end.
     max_attempts: leases of one cursor before its group counts as failed.
     max_message_bytes: larger messages are refused.
     """
@@ -29,6 +30,7 @@ class BusConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     heartbeat_s: PositiveFloat = 2.0
     peer_timeout_s: PositiveFloat = 30.0
     lease_s: PositiveFloat = 600.0
+    reconnect_s: PositiveFloat = 120.0
     max_attempts: PositiveInt = 3
     max_message_bytes: PositiveInt = 1 << 28
     keys: Annotated[str, Meta(min_length=1)] = "auto"

@@ -25,11 +25,13 @@ import numpy as np
 import xxhash
 
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
+from databus.crash import crash_point
 from databus.records import Record
 
 MAGIC = b"echelon journal1"
 HEAD = struct.Struct("<IIQQ")
 MAX_RECORD_BYTES = 1 << 30
+OFFSET_BITS = 40
 
 _segment_name = re.compile(r"(\d{6,})\.log")
 _decoder = msgspec.msgpack.Decoder(Record)
@@ -49,6 +51,14 @@ class Place(NamedTuple):
     segment: int
     offset: int
 
+    def pack(self) -> int:
+        """As one number of 64 bits: there may be millions of them."""
+        return self.segment << OFFSET_BITS | self.offset
+
+    @classmethod
+    def unpack(cls, packed: int) -> "Place":
+        return cls(packed >> OFFSET_BITS, packed & ((1 << OFFSET_BITS) - 1))
+
 
 class JournalEntry(NamedTuple):
     """A record that was read. frames: read-only views, one a column; none for records without columns."""
@@ -67,6 +77,8 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._pending: list[Frame] = []
         self._pending_bytes = 0
+        self._writing: list[Frame] = []
+        self._writing_bytes = 0
         self._open(segment)
 
     def _open(self, segment: int) -> None:
@@ -83,12 +95,12 @@ class Journal:
 
     @property
     def pending_bytes(self) -> int:
-        """Appended since the last commit."""
-        return self._pending_bytes
+        """Appended, and not durable yet."""
+        return self._writing_bytes + self._pending_bytes
 
     @property
     def segment_bytes(self) -> int:
-        return self._synced + self._pending_bytes
+        return self._synced + self.pending_bytes
 
     def append(self, record: Record, frames: Sequence[Frame] = ()) -> Place:
         """Add a record; the frames must not change until it is committed. Raises: ValueError if it is too large."""
@@ -110,24 +122,45 @@ class Journal:
 
     def commit(self) -> None:
         """Write and sync what was appended. Raises: DiskFull, with nothing lost and nothing half-written; OSError."""
-        if not self._pending:
-            return
+        while self.begin():
+            self.write()
+            self.end()
+
+    def begin(self) -> bool:
+        """What was appended by now is what `write` will make durable, unless an earlier part is still to be written.
+
+        Returns: False if there is nothing to write.
+        """
+        if not self._writing:
+            self._writing, self._pending = self._pending, []
+            self._writing_bytes, self._pending_bytes = self._pending_bytes, 0
+        return bool(self._writing)
+
+    def write(self) -> None:
+        """Make it durable, perhaps in another thread while records are appended. Raises: as `commit`."""
         try:
+            crash_point("before_write")
             self._write()
+            crash_point("before_sync")
             os.fdatasync(self._file)
+            crash_point("after_sync")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             os.ftruncate(self._file, self._synced)
             raise DiskFull(error.errno, error.strerror, str(segment_path(self._folder, self.segment))) from None
-        self._synced += self._pending_bytes
-        self._pending, self._pending_bytes = [], 0
+
+    def end(self) -> None:
+        """`write` has returned; call it where records are appended."""
+        self._synced += self._writing_bytes
+        self._writing, self._writing_bytes = [], 0
 
     def _write(self) -> None:
-        parts, offset = [memoryview(part).cast("B") for part in self._pending if len(part)], self._synced
+        parts, offset = [memoryview(part).cast("B") for part in self._writing if len(part)], self._synced
         while parts:
             written = os.pwritev(self._file, parts[:IOV_MAX], offset)
             offset += written
+            crash_point("after_write")
             while parts and written >= parts[0].nbytes:
                 written -= parts.pop(0).nbytes
             if written:
@@ -151,9 +184,13 @@ class Journal:
                 os.close(self._file)
             segment_path(self._folder, old_segment + 1).unlink(missing_ok=True)
             self._file, self.segment, self._synced = old_file, old_segment, old_synced
-            self._pending, self._pending_bytes = [], 0
+            self._pending, self._pending_bytes, self._writing, self._writing_bytes = [], 0, [], 0
             raise
         os.close(old_file)
+
+    def read(self, place: Place) -> JournalEntry:
+        """A record that is durable. Raises: JournalDamaged."""
+        return read_record(self._folder, place)
 
     def drop_before(self, segment: int) -> None:
         """Delete the segments below this one, oldest first."""

@@ -104,6 +104,7 @@ class LeaseDesk:
     def _lease_training(self, worker: Peer) -> None:
         state = self._state
         entry = state.ledger.lease()
+        state.chronicle.leased(entry, worker.name)
         prompt = state.prompts.get(entry.cursor)
         sampling = Sampling(max_tokens=state.config.max_tokens, temperature=state.config.temperature)
         predicted = 0 if state.scheduler is None else state.scheduler.predicted_tokens(entry.cursor)
@@ -176,7 +177,7 @@ class LeaseDesk:
         if is_evaluation(message.group_id):
             accepted = self._complete_evaluation(worker, message.group_id, group)
         else:
-            accepted = self._complete_training(worker, message, group)
+            accepted = self._complete_training(worker, message, frames, group)
         reason = "" if accepted else "not wanted any more: settled, or leased again and completed elsewhere"
         self._state.send(worker.name, Ack(group_id=message.group_id, accepted=accepted, reason=reason))
 
@@ -192,7 +193,7 @@ class LeaseDesk:
         state.touch()
         return True
 
-    def _complete_training(self, worker: Peer, message: Completed, group: Group) -> bool:
+    def _complete_training(self, worker: Peer, message: Completed, frames: Sequence[Frame], group: Group) -> bool:
         state = self._state
         entry, held = state.ledger.get(message.group_id), state.leases.get(message.group_id)
         if entry is None or held is None or entry.state not in ("leased", "expired"):
@@ -200,31 +201,35 @@ class LeaseDesk:
         check_holder(worker, held.worker)
         check_against_lease(group, held.prompt, state.config.group_size, state.config.max_tokens)
         self._serves(worker, int(group.version_values.max(initial=0)))
+        place = state.chronicle.completed(message, frames, worker.name)
         self._cancel_others(entry)
         state.leases.drop(entry.group_id)
         self._reward_failures = 0
-        state.metrics.completed(group)
-        if state.scheduler is not None:
-            state.scheduler.completed(entry.cursor, group)
-        self._remember(entry, held.prompt, group)
-        state.touch()
-        self._keep_or_settle(Waiting(entry, group, message.reward_names, held.prompt.prompt))
-        return True
-
-    def _remember(self, entry: Entry, prompt: Prompt, group: Group) -> None:
-        """Whatever becomes of the group, drafts can be made from it."""
-        if self._history is not None:
-            self._history.add(self._key_of(prompt), entry.group_id, group)
+        self.take_in(entry, held.prompt, group)
         if self._recorder is not None:
             self._recorder.record(entry.cursor, entry.group_id, group)
+        state.touch()
+        self._keep_or_settle(
+            Waiting(entry, group, message.reward_names, held.prompt.prompt, message.columns, frames, place)
+        )
+        return True
+
+    def take_in(self, entry: Entry, prompt: Prompt, group: Group) -> None:
+        """Learn from a group, whatever becomes of it."""
+        self._state.metrics.completed(group)
+        if self._state.scheduler is not None:
+            self._state.scheduler.completed(entry.cursor, group)
+        if self._history is not None:
+            self._history.add(self._key_of(prompt), entry.group_id, group)
 
     def _keep_or_settle(self, waiting: Waiting) -> None:
         state = self._state
         if not all(each.keep(waiting.group) for each in state.filters):
             state.ledger.settle(waiting.entry, "filtered")
             self._count_filtered()
-        elif waiting.loss_versions is None:  # requeuing it would only give the like again
+        elif waiting.group.loss_versions is None:  # requeuing it would only give the like again
             logger.info("group %s has no token that bears loss", waiting.entry.group_id)
+            state.chronicle.stale(waiting.entry, requeued=False)
             state.ledger.settle(waiting.entry, "stale")
         else:
             self._filtered = 0
@@ -306,20 +311,24 @@ class LeaseDesk:
         worker.credits = max(worker.credits, message.credits)
         self._serves(worker, message.version)
         now, held = time.monotonic(), set(message.group_ids)
-        for lease in self._state.leases.sent_before(worker.name, now - self._state.config.bus.peer_timeout_s / 2):
-            if lease.group_id not in held:
-                logger.warning("the lease of group %s never reached %s", lease.group_id, worker.name)
-                worker.leases_sent -= 1
+        for lease in self._state.leases.sent_before(now - self._state.config.bus.peer_timeout_s / 2):
+            if lease.worker == worker.name and lease.group_id not in held:
+                logger.warning("%s does not have its lease of group %s", worker.name, lease.group_id)
+                worker.leases_sent -= lease.sent >= worker.joined  # earlier ones cost no credit of this connection
                 self._lease_lost(lease)
 
     def _serves(self, worker: Peer, version: int) -> None:
         """Admission relies on what workers say here. Raises: MalformedMessage for a version it was not told of."""
-        if version > max(worker.announced, worker.version):
-            raise MalformedMessage(f"version {version} is served, {worker.announced} is the newest announced")
+        newest = self._state.newest_known
+        if version > newest:
+            raise MalformedMessage(f"version {version} is served, {newest} is the newest announced")
         worker.version = max(worker.version, version)
 
     def tick(self, now: float) -> None:
-        """Take back what is overdue."""
+        """Take back what is overdue, and what workers hold who have not come back to a new broker."""
+        for held in self._state.leases.sent_before(now - self._state.config.bus.peer_timeout_s):
+            if self._state.peers.get(held.worker) is None:
+                self._lease_lost(held)
         for held in self._state.leases.overdue(now):
             logger.warning("the lease of group %s to %s has expired", held.group_id, held.worker)
             self._state.send(held.worker, Cancel(group_ids=(held.group_id,)))

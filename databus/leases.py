@@ -9,13 +9,14 @@ from databus.prompts import Prompt
 
 @dataclass(frozen=True)
 class Held:
-    """A lease of a training group. deadline: on the monotonic clock. predicted_tokens: of all its completions."""
+    """A lease of a training group. deadline, sent: on the monotonic clock. predicted_tokens: of all its completions."""
 
     group_id: str
     worker: str
     prompt: Prompt
     deadline: float
     predicted_tokens: int = 0
+    sent: float = 0.0
 
 
 class Leases:
@@ -27,7 +28,7 @@ class Leases:
         self._late: dict[str, Held] = {}
 
     def add(self, group_id: str, worker: str, prompt: Prompt, now: float, predicted_tokens: int = 0) -> None:
-        self._held[group_id] = Held(group_id, worker, prompt, now + self._lease_s, predicted_tokens)
+        self._held[group_id] = Held(group_id, worker, prompt, now + self._lease_s, predicted_tokens, now)
 
     def get(self, group_id: str) -> Held | None:
         """The lease, expired or not."""
@@ -43,9 +44,8 @@ class Leases:
     def of(self, worker: str) -> list[Held]:
         return [held for held in self._held.values() if held.worker == worker]
 
-    def sent_before(self, worker: str, time: float) -> list[Held]:
-        """Leases of a worker that were sent before a time on the monotonic clock."""
-        return [held for held in self.of(worker) if held.deadline - self._lease_s < time]
+    def sent_before(self, time: float) -> list[Held]:
+        return [held for held in self._held.values() if held.sent < time]
 
     def overdue(self, now: float) -> list[Held]:
         return [held for held in self._held.values() if held.deadline <= now]

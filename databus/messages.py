@@ -175,19 +175,28 @@ class StatusRequest(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Welcome(Struct, frozen=True, kw_only=True, tag=True):
-    """Broker -> peer: accepted. `config_json` is the run's resolved configuration."""
+    """Broker -> peer: accepted. `config_json` is the run's resolved configuration.
+
+    A peer that gets a second one has said hello to a broker that did not know it, any more or yet: what it sent last
+    may be lost, and credits count anew. reconnect_s: how long to wait for a broker that has gone.
+    """
 
     run_id: str
     heartbeat_s: float
     peer_timeout_s: float
     config_json: bytes = b""
     run_dir: str = ""
+    reconnect_s: float = 0.0
 
 
 class Refused(Struct, frozen=True, kw_only=True, tag=True):
-    """Broker -> peer: not accepted, or the last message was wrong; `reason` is one line for a person."""
+    """Broker -> peer: not accepted, or the last message was wrong; `reason` is one line for a person.
+
+    unknown: the broker does not know the peer, which is to say hello again.
+    """
 
     reason: str
+    unknown: bool = False
 
 
 class HeartbeatReply(Struct, frozen=True, kw_only=True, tag=True):

@@ -59,6 +59,7 @@ class Peer:
     beat: Heartbeat = field(default_factory=Heartbeat)
     speed: Speed = field(default_factory=Speed)
     standing: Standing = "working"
+    joined: float = field(default_factory=time.monotonic)
 
     @property
     def name(self) -> str:

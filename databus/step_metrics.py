@@ -93,7 +93,7 @@ def _length_metrics(batch: CutBatch) -> dict[str, float]:
 
 def _staleness_metrics(batch: CutBatch) -> dict[str, float]:
     """Lags of loss-bearing tokens, in versions."""
-    spans = [item.group.loss_tokens() for item in batch.groups]
+    spans = [item.group.loss_tokens for item in batch.groups]
     lags = batch.step - np.concatenate([versions for versions, _ in spans])
     tokens = np.concatenate([tokens for _, tokens in spans])
     return {

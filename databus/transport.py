@@ -132,6 +132,9 @@ class BrokerSocket:
         """From now on the peer of this name is reached by this route."""
         self._routes[peer] = route
 
+    def has_seat(self, peer: str) -> bool:
+        return peer in self._routes
+
     def forget(self, peer: str) -> None:
         self._routes.pop(peer, None)
 

@@ -161,6 +161,7 @@ class RunFolder:
         self.bus_file.unlink(missing_ok=True)
         if not resume:
             self.rollouts_file.unlink(missing_ok=True)
+            shutil.rmtree(self.journal, ignore_errors=True)
         shutil.rmtree(self.prompts, ignore_errors=True)
         for folder in (self.prompts, self.checkpoints, self.logs):
             folder.mkdir(exist_ok=True)

@@ -199,6 +199,8 @@ class Supervisor:
             self._ask_broker()
             if self._may_restart(child):
                 self._restart(child)
+            elif self._may_return(child):
+                self._return(child)
             elif self._may_go_without(child):
                 self._view.note(f"{child.name} {self._why_gone(child)}: going on without it")
                 del self._roster.children[child.name]
@@ -214,6 +216,26 @@ class Supervisor:
 
     def _may_restart(self, child: Child) -> bool:
         return self._is_worker_of_a_living_run(child) and self._replacements.may_restart(child.name)
+
+    def _may_return(self, child: Child) -> bool:
+        """Broker and learner go on from what they have written down, unless they ended for a reason of their own."""
+        ended_by_itself = child.exit_code() == 0 or self._folder.error_file(child.name).exists()
+        return (
+            child.name in (BROKER, LEARNER)
+            and (child.name in self._ready or child.name == BROKER)
+            and not ended_by_itself
+            and self._replacements.may_restart(child.name)
+        )
+
+    def _return(self, child: Child) -> None:
+        count = self._replacements.restarted(child.name)
+        self._view.note(f"{child.name} {child.how_it_ended()}: starting it again ({count} of {MAX_RESTARTS})")
+        self._ready.discard(child.name)
+        child.kill()  # whatever is left of its group
+        if child.name == BROKER:
+            self._roster.start_broker()
+        else:
+            self._roster.start_learner()
 
     def _may_go_without(self, child: Child) -> bool:
         """Too slow too often; as long as another works, that is no reason to end the run."""

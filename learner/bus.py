@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 from msgspec import Struct
 
 from databus.codec import Frame
-from databus.messages import Refused, Stop
+from databus.messages import Refused, Stop, Welcome
 
 Reply = TypeVar("Reply", bound=Struct)
 
@@ -83,6 +83,8 @@ class BrokerLink:
             received = self._receive(min(POLL_S, deadline - now), through_stop)
             if received is None:
                 while_waiting()
+            elif isinstance(received[0], Welcome):
+                resend_at = 0.0
             elif isinstance(received[0], reply_type) and wanted(received[0]):
                 return received
         raise RuntimeError(f"no {reply_type.__name__} from the broker within {timeout_s:.0f} s of asking {question}")
@@ -107,6 +109,8 @@ class BrokerLink:
                 if not (ok and through_stop):
                     raise RunStoppedError(reason, ok)
                 self._stopped = True
+            case (Welcome(), _):  # of a new broker, or one that had given this learner up
+                self._say_again()
             case (Refused(reason=reason), _):
                 raise RuntimeError(f"the broker refused the learner: {reason}")
         return received

@@ -31,6 +31,7 @@ from databus.messages import (
     Stop,
     VersionAnnounced,
     VersionApplied,
+    Welcome,
 )
 from rollout.lease_work import LeaseWork, Outcome
 from rollout.leaving import Durations, nearly_done
@@ -93,7 +94,7 @@ class Worker:
         self._unsettled: dict[str, _Unsettled] = {}
         self._in_engine: set[str] = set()
         self._freed = 0
-        self._version = engine.version
+        self._version = work.engine.version
         self._durations = Durations()
         self._drain_s = drain_s
         self._leaving = ""
@@ -178,6 +179,8 @@ class Worker:
             case Drain(reason=reason):
                 self._told_to_leave.set()
                 self._leaving = self._leaving or reason
+            case Welcome():
+                self._rejoined()
             case Stop():
                 self._finish(message)
             case Refused(reason=reason):
@@ -258,6 +261,15 @@ class Worker:
             for group_id, unsettled in list(self._unsettled.items()):
                 if now - unsettled.sent > RESEND_S:
                     self._send(group_id, unsettled.outcome)
+
+    def _rejoined(self) -> None:
+        """The broker is a new one, or had given this worker up: credits count anew, and what was sent may be lost."""
+        self._bus.send(self._holding())
+        for group_id, unsettled in list(self._unsettled.items()):
+            self._send(group_id, unsettled.outcome)
+        self._freed = -len(self._in_engine)
+        if not self._leaving:
+            self._grant()
 
     def _applied(self, message: VersionApplied) -> None:
         self._version = message.version

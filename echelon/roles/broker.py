@@ -11,13 +11,13 @@ import msgspec
 from databus.address import reachable, resolve_address
 from databus.broker import Broker
 from databus.config import BrokerConfig, HistoryConfig
+from databus.journal import Journal, read_journal, recover
 from databus.keys import server_keys
 from databus.messages import Position
 from databus.prompts import Prompt, SampledGroup
-from databus.run_state import LearnerLost
 from echelon.config import RunConfig
-from echelon.errors import SIGTERM_CODE, FollowsAnother, role_main
-from echelon.files import write_atomically
+from echelon.errors import SIGTERM_CODE, role_main
+from echelon.files import read_rows, write_atomically
 from echelon.metrics import RowWriter, sample_rows
 from echelon.prompt_files import PromptFile, ScheduledPrompts
 from echelon.rollout_record import RolloutWriter
@@ -56,7 +56,10 @@ def serve(folder: RunFolder) -> None:
     """Raises: ValueError for an address that cannot be used; RunFailed where the run cannot go on."""
     signal.signal(signal.SIGTERM, _terminate)
     config = folder.config()
-    start_step, position = where_to_start(folder)
+    segment = recover(folder.journal)
+    has_past = any(True for _ in read_journal(folder.journal))
+    # The journal knows all that happened; a run from before there were journals goes on from its checkpoint alone.
+    start_step, position = (0, None) if has_past else where_to_start(folder)
     prompts = PromptFile(folder.train_prompts, config.seed, config.data.shuffle)
     evals = read_evaluation(folder) if config.eval.every > 0 else []
     scheduler = make_scheduler(config, prompts, position)
@@ -72,6 +75,9 @@ def serve(folder: RunFolder) -> None:
         placement=LeastRemaining(),
         recorder=RolloutWriter(folder.rollouts_file, len(prompts)) if config.draft.record else None,
         keys=None if keys is None else server_keys(keys, "broker"),
+        journal=Journal(folder.journal, segment),
+        past=read_journal(folder.journal),
+        first_row=len(read_rows(folder.metrics_file)),
     )
     address = reachable(broker.address)
     record = BusRecord(address=address, run_id=folder.record().run_id, keys="" if keys is None else str(keys))
@@ -82,9 +88,6 @@ def serve(folder: RunFolder) -> None:
         broker.run()
     except Terminated:
         sys.exit(SIGTERM_CODE)
-    except LearnerLost as error:
-        # It has had a reason of its own, which it may be about to report.
-        raise FollowsAnother(str(error)) from error
 
 
 def where_to_start(folder: RunFolder) -> tuple[int, Position | None]:
@@ -120,7 +123,7 @@ def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
     config = folder.config()
     return BrokerConfig(
         run_id=folder.record().run_id,
-        address=resolve_address(config.bus.address, folder.path, config.bus.encrypted),
+        address=where_to_listen(folder, config),
         steps=config.learner.steps,
         start_step=start_step,
         group_size=config.group_size,
@@ -142,6 +145,16 @@ def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
     )
 
 
+def where_to_listen(folder: RunFolder, config: RunConfig) -> str:
+    """Where an earlier broker of the run did, which peers try again and again; the configuration says it otherwise."""
+    address, earlier = config.bus.address, folder.bus()
+    if earlier is not None and address == "auto":
+        return earlier.address
+    if earlier is not None and address.endswith(":*"):
+        address = address.removesuffix("*") + earlier.address.rpartition(":")[2]
+    return resolve_address(address, folder.path, config.bus.encrypted)
+
+
 def history_config(draft: DraftConfig) -> HistoryConfig | None:
     """None where nobody drafts."""
     if draft.policy == "off":
@@ -159,7 +172,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir")
     folder = RunFolder(parser.parse_args().run_dir)
-    return role_main(ROLE, folder.error_file(ROLE), lambda: serve(folder), lambda: (FollowsAnother,))
+    return role_main(ROLE, folder.error_file(ROLE), lambda: serve(folder))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from stand_ins import PEER_ADDRESS, TRAINED_FILE, Faults
 
 from echelon.config import RunConfig
@@ -186,7 +185,10 @@ class Stage:
 
 @contextmanager
 def stage(config: RunConfig, seed: int, workers: int = 2) -> Iterator[Stage]:
-    """A stage in a folder of its own, whose path is short enough for a socket; gone afterwards."""
+    """A stage in a folder of its own, whose path is short enough for a socket; gone afterwards.
+
+    Whoever leaves it in good order has the run audited.
+    """
     path = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
         folder = RunFolder(path / "run")
@@ -202,13 +204,13 @@ def stage(config: RunConfig, seed: int, workers: int = 2) -> Iterator[Stage]:
                 yield scene
             finally:
                 scene.close()
+        audit(folder)
     finally:
         shutil.rmtree(path)
 
 
-def audit(folder: RunFolder) -> dict[str, Any]:
-    """`echelon audit --json`: fails with what it says where it finds anything."""
-    command = [sys.executable, "-m", "echelon", "audit", str(folder.path), "--json"]
+def audit(folder: RunFolder) -> None:
+    """Fails with what `echelon audit` says where it finds anything."""
+    command = [sys.executable, "-m", "echelon", "audit", str(folder.path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
-    return msgspec.json.decode(result.stdout)

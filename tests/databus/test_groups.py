@@ -45,7 +45,7 @@ def test_loss_tokens_are_those_of_the_mask(spans: list[tuple[int, list[int]]]) -
         version_values=np.array([version for version, _ in spans], np.int32),
         version_lengths=np.array([len(bits) for _, bits in spans], np.int32),
     )
-    versions, tokens = group.loss_tokens()
+    versions, tokens = group.loss_tokens
     expected = group.token_versions()[group.loss_mask.astype(bool)]
     assert np.repeat(versions, tokens).tolist() == expected.tolist() and (tokens > 0).all()
 

@@ -130,7 +130,7 @@ class ScriptedRun(JournalRecords):
         waiting = Waiting(entry, group, ("reward",), "prompt")
         self.waiting[entry.group_id] = waiting
         self.ledger.complete(entry)
-        if group.loss_versions() is None:
+        if group.loss_versions is None:
             self.settle(entry, "stale")
         else:
             self.queue.add(waiting)
