@@ -251,6 +251,7 @@ class _Beat:
         if self.welcome is not None:
             self._give_up = time.monotonic() + self.welcome.reconnect_s
             self.welcome, self._next = None, 0.0
+            self._hello = msgspec.structs.replace(self._hello, joining=self._hello.joining + 1)
 
     def welcomed(self, welcome: Welcome) -> None:
         self.welcome, self._give_up = welcome, None
