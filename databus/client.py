@@ -262,7 +262,7 @@ class _Beat:
         if self.welcome is not None and now - self.heard > self.welcome.peer_timeout_s:
             self.away()
         if self._give_up is not None and now > self._give_up:
-            raise BusLost(f"nothing heard from the broker for {now - self.heard:.0f} s")
+            raise BusLost(f"nothing heard from the broker for {now - self.heard:.1f} s")
         if now >= self._next:
             message = self._hello if self.welcome is None else self._heartbeat()
             socket.send_multipart([encode_header(message)])
