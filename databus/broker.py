@@ -58,6 +58,7 @@ WRITING_TICK_S = 0.001
 MAX_MESSAGES_A_TICK = 256
 GOODBYE_TIMEOUT_S = 60.0
 STOP_AGAIN_S = 2.0
+RETURN_S = 2.0
 MAX_REASON = 500
 ENDED = ("finished", "failed")
 
@@ -100,6 +101,9 @@ class Broker:
         self._staffing = Staffing(self._state)
         self._steps = StepDesk(self._state, sink, first_row)
         Recovery(self._state, self._leases, self._steps).fold(past)
+        # Where an earlier broker had all but ended the run, peers are about to come back, and want to hear of it.
+        came_back = self._state.ledger.next_cursor > 0 and position is None
+        self._earliest_end = time.monotonic() + (2 * config.bus.heartbeat_s + RETURN_S if came_back else 0.0)
         self._state.chronicle.write_to(journal)
         self._state.chronicle.started(config)
         self._phase = "starting"
@@ -109,7 +113,7 @@ class Broker:
         """Serve until the last step is trained and evaluated. Raises: RunFailed with the first cause."""
         stop = Stop(reason="all steps are done")
         try:
-            while not (self._steps.finished() and self._commit.is_idle):
+            while not (self._steps.finished() and self._commit.is_idle and time.monotonic() >= self._earliest_end):
                 self._turn()
             self._phase = "finished"
         except BaseException as error:  # Ctrl-C as well: nobody may take it for a good end
@@ -213,7 +217,9 @@ class Broker:
             if known is None:
                 self._socket.forget(sender)
             return
-        if known is None or known.route != route or known.hello != hello:
+        if known is not None and known.route == route and known.hello.joining < hello.joining:
+            known.rejoin(hello)
+        elif known is None or known.route != route or known.hello != hello:
             if known is not None:
                 self._lost(known, "was replaced")
             self._staffing.joined(self._state.peers.add(hello, route))
