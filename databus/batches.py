@@ -104,4 +104,4 @@ class BatchQueue:
 
 def _age(waiting: Waiting) -> tuple[int, int]:
     oldest, _ = waiting.group.loss_versions or (-1, -1)
-    return oldest, waiting.entry.order
+    return oldest, waiting.entry.cursor  # not by lease: a run that was interrupted leases some cursors again

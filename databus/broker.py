@@ -280,12 +280,13 @@ class Broker:
 
     def _status(self) -> Status:
         state, now = self._state, time.monotonic()
+        learner = state.peers.learner
         return Status(
             phase=self._phase,
             step=state.step,
             steps=self._config.steps,
             version=state.newest or 0,
-            learner_ready=state.newest is not None,
+            learner_ready=learner is not None and state.newest is not None,
             workers=state.peers.worker_statuses(state.held_by_worker(), now),
             running_groups=state.ledger.running,
             queued_groups=len(state.queue),
@@ -295,6 +296,7 @@ class Broker:
             drained=self._staffing.drained,
             training_s=0.0 if state.batch is None else now - state.batch_cut,
             requested=state.requested is not None and state.batch is None,
+            learner_silent_s=0.0 if learner is None else now - learner.heard,
         )
 
     def _say_stop(self, stop: Stop) -> None:

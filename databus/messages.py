@@ -329,7 +329,7 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     `last_progress_s` is the age of the newest sign of progress (a group completed, a step done, a
     version applied); `error` is the first cause where the broker ended the run. `drained`: workers that the
     broker has told to leave, and why, until they are back. `training_s`: how long the learner has had the batch that
-    it has, 0 where it has none; `requested`: it waits for one.
+    it has, 0 where it has none; `requested`: it waits for one; `learner_silent_s`: since it was heard.
     """
 
     phase: str
@@ -346,6 +346,7 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     drained: dict[str, str] = {}
     training_s: float = 0.0
     requested: bool = False
+    learner_silent_s: float = 0.0
 
 
 # ---------------------------------------------------------------- worker <-> weight server of the learner

@@ -133,12 +133,12 @@ class Peers:
         return self._peers.pop(name, None)
 
     def silent(self, now: float) -> list[Peer]:
-        """Peers that have not been heard for too long; of a worker that is known to have ended, for long enough."""
+        """Peers that have not been heard for too long; of a role that is known to have ended, for long enough."""
         return [
             peer
             for peer in self
             if now - peer.heard > self._timeout_s
-            or (peer.role == "worker" and now - peer.heard > self._missed_s and not is_alive(peer.hello))
+            or (peer.role != "observer" and now - peer.heard > self._missed_s and not is_alive(peer.hello))
         ]
 
     def worker_statuses(self, leased: dict[str, int], now: float) -> tuple[WorkerStatus, ...]:

@@ -32,6 +32,7 @@ class StepDesk:
         self._sink = sink
         self._rows = RowQueue(self._write_row)
         self._has_last_row = False
+        self._learner_done = False
         self._learner = ("", 0)
 
     def _write_row(self, row: Mapping[str, float]) -> None:
@@ -39,10 +40,14 @@ class StepDesk:
             self._sink.write(row)
 
     def finished(self) -> bool:
-        """All steps are taken, all evaluations done, all rows written."""
+        """All steps are taken, all evaluations done, all rows written.
+
+        The learner has to say so to this broker: one that came back takes its last steps again, for its checkpoint.
+        """
         state = self._state
         return (
             state.step >= state.config.steps
+            and self._learner_done
             and not state.evaluations.awaits_last_version()
             and state.evaluations.current is None
             and not len(self._rows)
@@ -54,6 +59,7 @@ class StepDesk:
         if state.batch is not None and message.step == state.batch.step + 1:
             return  # the report of the step before is on its way, or was lost and will come again
         if message.step in state.trained:
+            state.touch()
             self._send(learner, self._batch_of(message.step))
             return
         if message.step != state.step:
@@ -64,11 +70,12 @@ class StepDesk:
             self._send(learner, state.batch)
 
     def learner_joined(self, hello: Hello) -> None:
-        """Where another one served its versions, nobody answers any more."""
+        """Another one: nobody answers any more where the one before served its versions."""
         process = (hello.host, hello.pid)
         if process != self._learner:
             self._learner = process
             self._state.versions.clear()
+            self._learner_done = hello.version >= self._state.config.steps
 
     def _batch_of(self, step: int) -> CutBatch:
         """The batch of a step that was taken, as it was, from the journal. Raises: JournalDamaged."""
@@ -112,6 +119,7 @@ class StepDesk:
         """A step was taken: its groups are trained, its row can be made."""
         state = self._state
         batch = state.batch
+        self._learner_done |= message.step == state.config.steps - 1
         if batch is None or message.step != batch.step:
             logger.warning("step %d reported, which is not under way", message.step)
             return

@@ -38,6 +38,7 @@ class Child:
         self.started = time.monotonic()
         self.exited_at: float | None = None
         with log.open("ab") as output:
+            self._log_start = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 env=dict(environment),
@@ -58,15 +59,31 @@ class Child:
             self.exited_at = time.time()
         return code
 
+    def killed_by(self) -> int | None:
+        """The signal that ended it, or one of torchrun's ranks; None where none did."""
+        code = self.exit_code() or 0
+        if code <= 0:
+            return -code or None
+        return _signal_of_a_rank(self._last_words())
+
     def how_it_ended(self) -> str:
         """`was killed by SIGKILL`: the signal that ended it, or one of torchrun's ranks, else the exit code."""
         code = self.exit_code() or 0
-        killed_by = -code if code < 0 else _signal_of_a_rank(self.log)
+        killed_by = self.killed_by()
         if killed_by:
             hint = " (out of memory, perhaps)" if killed_by == signal.SIGKILL else ""
             return f"was killed by {_signal_name(killed_by)}{hint}"
         words = f"ended with exit code {code}"
-        return f"{words}: {last_line}" if code and (last_line := _last_line(self.log)) else words
+        return f"{words}: {last_line}" if code and (last_line := _last_line(self._last_words())) else words
+
+    def _last_words(self) -> str:
+        """The end of its log, without what another of its name had written before."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(self._log_start, self.log.stat().st_size - REPORT_BYTES))
+                return file.read().decode(errors="replace")
+        except OSError:
+            return ""
 
     def terminate(self) -> None:
         """Ask it to leave; it tells its own children."""
@@ -155,24 +172,15 @@ def _catches(pid: int, number: int) -> bool:
     return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
-def _signal_of_a_rank(log: Path) -> int | None:
+def _signal_of_a_rank(log: str) -> int | None:
     """torchrun's agent survives its ranks and exits with 1; its report says `exitcode  : -9 (pid: 123)`."""
-    found = re.findall(r"exitcode\s*:\s*-(\d+)", _tail(log))
+    found = re.findall(r"exitcode\s*:\s*-(\d+)", log)
     return int(found[0]) if found else None
 
 
-def _last_line(log: Path) -> str:
+def _last_line(log: str) -> str:
     """What it said last: of a traceback, the error."""
-    return next((line.strip() for line in reversed(_tail(log).splitlines()) if line.strip()), "")[:LINE_LENGTH]
-
-
-def _tail(log: Path) -> str:
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - REPORT_BYTES))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
+    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")[:LINE_LENGTH]
 
 
 def _signal_name(number: int) -> str:

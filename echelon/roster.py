@@ -42,9 +42,16 @@ class Roster:
         # SIGTERM would have it finish what nobody will train.
         return self._start(name, arguments, gpus, defaults, stop_signal=signal.SIGINT)
 
-    def restart_worker(self, child: Child) -> Child:
+    def restart(self, child: Child) -> Child:
+        """What the dead one reported is not what will end the run."""
         child.kill()  # whatever is left of its group
-        self._folder.error_file(child.name).unlink(missing_ok=True)
+        reports = self._folder.logs.glob(f"{child.name}-rank*.error.json")
+        for report in (self._folder.error_file(child.name), *reports):
+            report.unlink(missing_ok=True)
+        if child.name == BROKER:
+            return self.start_broker()
+        if child.name == LEARNER:
+            return self.start_learner()
         return self.start_worker(int(child.name.rpartition("-")[2]))
 
     def start_learner(self) -> Child:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from databus.messages import WorkerStatus
+from databus.messages import Status, WorkerStatus
 from echelon.cli import OK
 from echelon.config import RunConfig
 from echelon.failures import RunFailed, first_cause, names
@@ -139,14 +139,16 @@ class Supervisor:
             self._view.note(warning)
 
     def _has_ended(self) -> bool:
-        return all(self._roster.children[role].exit_code() == 0 for role in (BROKER, LEARNER))
+        """The learner ends well only when the broker tells it to, which then has nothing left to do."""
+        broker, learner = (self._roster.children[role].exit_code() for role in (BROKER, LEARNER))
+        return learner == 0 and broker is not None
 
     def _note_ready(self) -> None:
         """Who has said hello to the broker, and which phase follows from it."""
         status = self._progress.status
         if status is None:
             return
-        present = {LEARNER} if status.learner_ready else set()
+        present = {LEARNER} if self._learner_is_present(status) else set()
         present |= {worker.name for worker in status.workers if self._is_present(worker)}
         if present - self._ready:
             self._ready |= present
@@ -158,10 +160,16 @@ class Supervisor:
         else:
             self._enter("finishing" if status.phase in ("finishing", "finished") else "training")
 
+    def _learner_is_present(self, status: Status) -> bool:
+        return status.learner_ready and self._was_heard(LEARNER, status.learner_silent_s)
+
     def _is_present(self, worker: WorkerStatus) -> bool:
+        return self._was_heard(worker.name, worker.silent_s)
+
+    def _was_heard(self, name: str, silent_s: float) -> bool:
         """False for one that the broker still knows but that has died, and is being started again."""
-        child = self._roster.children.get(worker.name)
-        return child is None or worker.silent_s < time.monotonic() - child.started
+        child = self._roster.children.get(name)
+        return child is None or silent_s < time.monotonic() - child.started
 
     def _missing(self) -> list[str]:
         """Roles that have been started and are not ready."""
@@ -191,7 +199,7 @@ class Supervisor:
     # ------------------------------------------------------------ processes that end
 
     def _check_children(self) -> None:
-        """Restarts workers that died. Raises: RunFailed for everything else that should not have ended."""
+        """Restarts what died and may come back. Raises: RunFailed for everything else that should not have ended."""
         for child in list(self._roster.children.values()):
             if child.exit_code() is None or self._may_end(child):
                 continue
@@ -199,8 +207,6 @@ class Supervisor:
             self._ask_broker()
             if self._may_restart(child):
                 self._restart(child)
-            elif self._may_return(child):
-                self._return(child)
             elif self._may_go_without(child):
                 self._view.note(f"{child.name} {self._why_gone(child)}: going on without it")
                 del self._roster.children[child.name]
@@ -212,30 +218,22 @@ class Supervisor:
         status = self._progress.status
         over = status is not None and status.phase in ("finishing", "finished")
         others = (self._roster.children.get(role) for role in (BROKER, LEARNER))
+        if child.name == BROKER and self._has_ended():
+            return True
         return child.exit_code() == 0 and (over or any(other and other.exit_code() == 0 for other in others))
 
     def _may_restart(self, child: Child) -> bool:
-        return self._is_worker_of_a_living_run(child) and self._replacements.may_restart(child.name)
+        may_return = self._is_worker_of_a_living_run(child) or self._goes_on_from_disk(child)
+        return may_return and self._replacements.may_restart(child.name)
 
-    def _may_return(self, child: Child) -> bool:
-        """Broker and learner go on from what they have written down, unless they ended for a reason of their own."""
-        ended_by_itself = child.exit_code() == 0 or self._folder.error_file(child.name).exists()
-        return (
-            child.name in (BROKER, LEARNER)
-            and (child.name in self._ready or child.name == BROKER)
-            and not ended_by_itself
-            and self._replacements.may_restart(child.name)
-        )
+    def _goes_on_from_disk(self, child: Child) -> bool:
+        """Broker and learner go on from what they have written down, unless they ended for a reason of their own.
 
-    def _return(self, child: Child) -> None:
-        count = self._replacements.restarted(child.name)
-        self._view.note(f"{child.name} {child.how_it_ended()}: starting it again ({count} of {MAX_RESTARTS})")
-        self._ready.discard(child.name)
-        child.kill()  # whatever is left of its group
-        if child.name == BROKER:
-            self._roster.start_broker()
-        else:
-            self._roster.start_learner()
+        Where one rank of the learner was killed, the others' reports are its consequences.
+        """
+        for_a_reason = child.exit_code() == 0 or self._folder.error_file(child.name).exists()
+        has_begun = child.name == BROKER or (child.name == LEARNER and LEARNER in self._ready)
+        return has_begun and (child.killed_by() is not None or not for_a_reason)
 
     def _may_go_without(self, child: Child) -> bool:
         """Too slow too often; as long as another works, that is no reason to end the run."""
@@ -254,7 +252,7 @@ class Supervisor:
         count = self._replacements.restarted(child.name)
         self._view.note(f"{child.name} {self._why_gone(child)}: starting it again ({count} of {MAX_RESTARTS})")
         self._ready.discard(child.name)
-        self._roster.restart_worker(child)
+        self._roster.restart(child)
 
     def _why_gone(self, child: Child) -> str:
         reason = self._replacements.drained.get(child.name)

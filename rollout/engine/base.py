@@ -33,8 +33,8 @@ class EngineDead(EngineError):
 class GenerateRequest:
     """One prompt to complete `group_size` times.
 
-    The rest changes nothing of what is sampled. problem: key of the prompt (`databus.history.problem_key`; 0: not
-    known). history: earlier completions of the problem, to draft from, as (oldest policy version in it, int32 [t] token
+    cursor: the prompt's place in the run, by which an engine samples the same again if it can. The rest changes nothing
+    of what is sampled. problem: key of the prompt (`databus.history.problem_key`; 0: not known). history: earlier completions of the problem, to draft from, as (oldest policy version in it, int32 [t] token
     ids), newest last. Completions that this engine generated itself may be among them; history_ids has an identity for
     each (`databus.history.completion_id`), by which it can tell. predicted_tokens: expected length of a completion, by
     which an engine may choose what to begin first (0: unknown).
@@ -46,6 +46,7 @@ class GenerateRequest:
     prompt_ids: tuple[int, ...]
     group_size: int
     sampling: Sampling
+    cursor: int = 0
     problem: int = 0
     history: tuple[tuple[int, Array], ...] = ()
     history_ids: tuple[int, ...] = ()
