@@ -93,6 +93,7 @@ class Broker:
         self.address = self._socket.address
         self.refused = 0
         self._refusal_logged = -1.0
+        self._next_tick = 0.0
         self._config = config
         outbox = Outbox(self._socket)
         self._commit = GroupCommit(journal, outbox)
@@ -133,16 +134,22 @@ class Broker:
     def _turn(self) -> None:
         self._receive(WRITING_TICK_S if self._commit.is_busy else TICK_S)
         now = time.monotonic()
-        for peer in self._state.peers.silent(now):
-            self._lost(peer, f"not heard for {now - peer.heard:.1f} s")
-        self._staffing.tick(now)
-        self._leases.tick(now)
-        self._steps.tick(now)
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_S / 10
+            self._tick(now)
         self._leases.announce()
         self._leases.lease_all()
         self._steps.cut()
         self._commit.turn()
         self._update_phase()
+
+    def _tick(self, now: float) -> None:
+        """What has a deadline; looking at it every turn would cost more than most turns."""
+        for peer in self._state.peers.silent(now):
+            self._lost(peer, f"not heard for {self._config.bus.peer_timeout_s:g} s")
+        self._staffing.tick(now)
+        self._leases.tick(now)
+        self._steps.tick(now)
 
     def _receive(self, timeout_s: float) -> None:
         """Take what has arrived, up to a limit; a ROUTER reads its peers in turn, so that none is passed over."""

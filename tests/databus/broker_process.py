@@ -1,4 +1,4 @@
-"""`python broker_process.py CONFIG_JSON JOURNAL`: a broker in a process of its own, for tests that attack or kill it."""
+"""`python broker_process.py CONFIG_JSON JOURNAL`: a broker of its own process, for tests that attack or kill it."""
 
 import subprocess
 import sys
