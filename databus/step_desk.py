@@ -33,7 +33,7 @@ class StepDesk:
         self._rows = RowQueue(self._write_row)
         self._has_last_row = False
         self._learner_done = False
-        self._learner = ("", 0)
+        self._learner: tuple[str, int] | None = None
 
     def _write_row(self, row: Mapping[str, float]) -> None:
         if row["step"] >= self._first_row:

@@ -34,10 +34,11 @@ class GenerateRequest:
     """One prompt to complete `group_size` times.
 
     cursor: the prompt's place in the run, by which an engine samples the same again if it can. The rest changes nothing
-    of what is sampled. problem: key of the prompt (`databus.history.problem_key`; 0: not known). history: earlier completions of the problem, to draft from, as (oldest policy version in it, int32 [t] token
-    ids), newest last. Completions that this engine generated itself may be among them; history_ids has an identity for
-    each (`databus.history.completion_id`), by which it can tell. predicted_tokens: expected length of a completion, by
-    which an engine may choose what to begin first (0: unknown).
+    of what is sampled. problem: key of the prompt (`databus.history.problem_key`; 0: not known). history: earlier
+    completions of the problem, to draft from, as (oldest policy version in it, int32 [t] token ids), newest last.
+    Completions that this engine generated itself may be among them; history_ids has an identity for each
+    (`databus.history.completion_id`), by which it can tell. predicted_tokens: expected length of a completion, by which
+    an engine may choose what to begin first (0: unknown).
     first_sample: place in the group of the first completion asked for, where a group is asked for in parts. prefix:
     tokens that the completions begin with already; they are not part of what is returned, nor of `max_tokens`.
     """

@@ -8,8 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 from broker_process import broker_process
-from scripted import ScriptedLearner, broker_config, connect, make_group, receive, send_group
+from scripted import ScriptedLearner, ScriptedWorker, broker_config, connect, make_group, receive, send_group
 
+from databus.broker import RETURN_S
 from databus.client import BusClient
 from databus.config import BrokerConfig, BusConfig
 from databus.journal import read_journal
@@ -122,8 +123,34 @@ def test_peers_hear_of_the_end_from_a_broker_that_came_back_for_it(address: str,
     receive(learner.client, Stop)  # so the last step is on the disk
     brokers.replace()
     come_back(learner.client)
+    learner.client.send(StepDone(step=1, metrics={}))  # as the learner does: the report may have been lost
     assert receive(learner.client, Stop, 10.0).ok
     for client in (worker, learner.client):
         client.close("done")
     leased = [entry.record for entry in read_journal(brokers.journal) if isinstance(entry.record, GroupLeased)]
     assert len(leased) == 4
+
+
+def test_a_learner_that_comes_back_after_the_last_step_takes_it_again(address: str, brokers: Brokers) -> None:
+    """The last checkpoint was not whole, so the run is not over, however long the learner takes to load."""
+    worker, learner = ScriptedWorker(address), ScriptedLearner(address)
+    batches = [learner.step(step) for step in range(2)]
+    receive(learner.client, Stop)
+    learner.client.close()
+    brokers.replace()
+    time.sleep(4 * BUS.heartbeat_s + RETURN_S)
+    again = ScriptedLearner(address)
+    assert [again.step(step) for step in range(2)] == batches
+    again.finish()
+    worker.join()
+
+
+def test_a_learner_that_comes_back_with_the_last_version_has_nothing_left_to_do(address: str, brokers: Brokers) -> None:
+    worker, learner = ScriptedWorker(address), ScriptedLearner(address)
+    for step in range(2):
+        learner.step(step)
+    receive(learner.client, Stop)
+    learner.client.close()
+    brokers.replace()
+    ScriptedLearner(address, start_step=2).finish()
+    worker.join()
