@@ -162,7 +162,8 @@ class StepDesk:
         state.versions[message.version] = message
         for version in sorted(state.versions)[: -(state.config.max_staleness + 2)]:
             del state.versions[version]
-        state.evaluations.published(message.version)
+        if message.version >= state.step:  # earlier ones had their turn before the learner came back to them
+            state.evaluations.published(message.version)
         state.touch()
         self._add_last_row()
 
