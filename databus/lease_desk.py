@@ -59,13 +59,15 @@ class LeaseDesk:
         target = state.newest if current is None else min(state.newest, current.version)
         published = state.versions[target]
         for worker in state.peers.workers():
-            told = max(worker.announced, worker.version) >= target
+            told = worker.version >= target or (
+                worker.announced >= target and worker.announced_address == published.address
+            )
             lost = worker.version < worker.announced and time.monotonic() - worker.announced_at > ANNOUNCE_AGAIN_S
             if not told or lost:
                 message = VersionAnnounced(version=target, address=published.address, num_bytes=published.num_bytes)
                 if state.send(worker.name, message):
                     worker.announced = max(worker.announced, target)
-                    worker.announced_at = time.monotonic()
+                    worker.announced_at, worker.announced_address = time.monotonic(), published.address
 
     def lease_all(self) -> None:
         """Give every worker what it has credit for, one group at a time, each to whom `placement` chooses."""

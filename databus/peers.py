@@ -53,6 +53,7 @@ class Peer:
     version: int
     announced: int
     announced_at: float = 0.0
+    announced_address: str = ""
     credits: int = 0
     leases_sent: int = 0
     received_tokens: int = 0

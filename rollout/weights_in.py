@@ -146,7 +146,7 @@ class _Pull:
         if silence > self.limits.silence_s:
             raise PullError(f"version {self.version}: the weight server has been silent for {silence:.0f} s")
         if self.stop.is_set():
-            raise PullError(f"version {self.version}: given up, the worker stops")
+            raise PullError(f"version {self.version}: given up")
         if not self.socket.poll(POLL_MS):
             return None
         header, *frames = self.socket.recv_multipart(copy=False)
