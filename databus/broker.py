@@ -58,6 +58,7 @@ WRITING_TICK_S = 0.001
 MAX_MESSAGES_A_TICK = 256
 GOODBYE_TIMEOUT_S = 60.0
 STOP_AGAIN_S = 2.0
+RETURN_S = 2.0
 MAX_REASON = 500
 ENDED = ("finished", "failed")
 
@@ -92,6 +93,7 @@ class Broker:
         self.address = self._socket.address
         self.refused = 0
         self._refusal_logged = -1.0
+        self._next_tick = 0.0
         self._config = config
         outbox = Outbox(self._socket)
         self._commit = GroupCommit(journal, outbox)
@@ -100,6 +102,9 @@ class Broker:
         self._staffing = Staffing(self._state)
         self._steps = StepDesk(self._state, sink, first_row)
         Recovery(self._state, self._leases, self._steps).fold(past)
+        # Where an earlier broker had all but ended the run, peers are about to come back, and want to hear of it.
+        came_back = self._state.ledger.next_cursor > 0 and position is None
+        self._earliest_end = time.monotonic() + (2 * config.bus.heartbeat_s + RETURN_S if came_back else 0.0)
         self._state.chronicle.write_to(journal)
         self._state.chronicle.started(config)
         self._phase = "starting"
@@ -109,7 +114,7 @@ class Broker:
         """Serve until the last step is trained and evaluated. Raises: RunFailed with the first cause."""
         stop = Stop(reason="all steps are done")
         try:
-            while not (self._steps.finished() and self._commit.is_idle):
+            while not (self._steps.finished() and self._commit.is_idle and time.monotonic() >= self._earliest_end):
                 self._turn()
             self._phase = "finished"
         except BaseException as error:  # Ctrl-C as well: nobody may take it for a good end
@@ -129,16 +134,22 @@ class Broker:
     def _turn(self) -> None:
         self._receive(WRITING_TICK_S if self._commit.is_busy else TICK_S)
         now = time.monotonic()
-        for peer in self._state.peers.silent(now):
-            self._lost(peer, f"not heard for {now - peer.heard:.1f} s")
-        self._staffing.tick(now)
-        self._leases.tick(now)
-        self._steps.tick(now)
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_S / 10
+            self._tick(now)
         self._leases.announce()
         self._leases.lease_all()
         self._steps.cut()
         self._commit.turn()
         self._update_phase()
+
+    def _tick(self, now: float) -> None:
+        """What has a deadline; looking at it every turn would cost more than most turns."""
+        for peer in self._state.peers.silent(now):
+            self._lost(peer, f"not heard for {now - peer.heard:.1f} s")
+        self._staffing.tick(now)
+        self._leases.tick(now)
+        self._steps.tick(now)
 
     def _receive(self, timeout_s: float) -> None:
         """Take what has arrived, up to a limit; a ROUTER reads its peers in turn, so that none is passed over."""
@@ -213,7 +224,9 @@ class Broker:
             if known is None:
                 self._socket.forget(sender)
             return
-        if known is None or known.route != route or known.hello != hello:
+        if known is not None and known.route == route and known.hello.joining < hello.joining:
+            known.rejoin(hello)
+        elif known is None or known.route != route or known.hello != hello:
             if known is not None:
                 self._lost(known, "was replaced")
             self._staffing.joined(self._state.peers.add(hello, route))

@@ -251,6 +251,7 @@ class _Beat:
         if self.welcome is not None:
             self._give_up = time.monotonic() + self.welcome.reconnect_s
             self.welcome, self._next = None, 0.0
+            self._hello = msgspec.structs.replace(self._hello, joining=self._hello.joining + 1)
 
     def welcomed(self, welcome: Welcome) -> None:
         self.welcome, self._give_up = welcome, None
@@ -261,7 +262,7 @@ class _Beat:
         if self.welcome is not None and now - self.heard > self.welcome.peer_timeout_s:
             self.away()
         if self._give_up is not None and now > self._give_up:
-            raise BusLost(f"nothing heard from the broker for {now - self.heard:.0f} s")
+            raise BusLost(f"nothing heard from the broker for {now - self.heard:.1f} s")
         if now >= self._next:
             message = self._hello if self.welcome is None else self._heartbeat()
             socket.send_multipart([encode_header(message)])

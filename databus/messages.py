@@ -39,7 +39,8 @@ class Hello(Struct, frozen=True, kw_only=True, tag=True):
 
     `version` is the policy version the peer holds: the one a worker's engine serves, or the
     one the learner starts from. `max_sequences` is how many sequences a worker's engine runs at once.
-    `spare`: a worker that is leased nothing until it stands in for one that was lost.
+    `spare`: a worker that is leased nothing until it stands in for one that was lost. `joining` counts how often the
+    peer has lost the broker and come back: its credits count anew each time.
     """
 
     role: Role
@@ -51,6 +52,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag=True):
     pid: int = 0
     host: str = ""
     spare: bool = False
+    joining: int = 0
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, tag=True):

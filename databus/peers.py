@@ -73,6 +73,11 @@ class Peer:
     def tokens_per_s(self) -> float:
         return self.speed.tokens_per_s
 
+    def rejoin(self, hello: Hello) -> None:
+        """It had taken the broker for lost, or been lost itself: it keeps its leases, and its credits count anew."""
+        self.hello, self.joined = hello, time.monotonic()
+        self.credits = self.leases_sent = 0
+
     def take_heartbeat(self, beat: Heartbeat, now: float) -> None:
         self.speed.take(beat, now)
         self.beat = beat

@@ -1,4 +1,4 @@
-"""`python broker_process.py CONFIG_JSON`: a broker in a process of its own, for tests that attack or kill it."""
+"""`python broker_process.py CONFIG_JSON JOURNAL`: a broker of its own process, for tests that attack or kill it."""
 
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from scripted import Prompts
 
 from databus.broker import Broker
 from databus.config import BrokerConfig
+from databus.journal import Journal, read_journal, recover
 from databus.process import die_with_parent
 from databus.prompts import SampledGroup
 
@@ -28,9 +29,9 @@ class NoSink:
 
 
 @contextmanager
-def broker_process(config: BrokerConfig, log: Path) -> Iterator[psutil.Process]:
-    """Killed at the end. What it logs goes to `log`."""
-    command = [sys.executable, "-P", __file__, msgspec.json.encode(config).decode()]
+def broker_process(config: BrokerConfig, log: Path, journal: Path | None = None) -> Iterator[psutil.Process]:
+    """Killed at the end. What it logs goes to `log`; with a journal, it goes on from that."""
+    command = [sys.executable, "-P", __file__, msgspec.json.encode(config).decode(), str(journal or "")]
     with log.open("ab") as output:
         process = subprocess.Popen(command, stderr=output, env={"PYTHONPATH": f"{ROOT}:{HERE}"}, cwd=ROOT)
     try:
@@ -40,6 +41,14 @@ def broker_process(config: BrokerConfig, log: Path) -> Iterator[psutil.Process]:
         process.wait()
 
 
+def run(config: BrokerConfig, folder: str) -> None:
+    if not folder:
+        Broker(config, Prompts(), [], NoSink()).run()
+        return
+    journal = Journal(Path(folder), recover(Path(folder)))
+    Broker(config, Prompts(), [], NoSink(), journal=journal, past=read_journal(Path(folder))).run()
+
+
 if __name__ == "__main__":
     die_with_parent()
-    Broker(msgspec.json.decode(sys.argv[1], type=BrokerConfig), Prompts(), [], NoSink()).run()
+    run(msgspec.json.decode(sys.argv[1], type=BrokerConfig), sys.argv[2])
