@@ -146,7 +146,7 @@ class Broker:
     def _tick(self, now: float) -> None:
         """What has a deadline; looking at it every turn would cost more than most turns."""
         for peer in self._state.peers.silent(now):
-            self._lost(peer, f"not heard for {self._config.bus.peer_timeout_s:g} s")
+            self._lost(peer, f"not heard for {now - peer.heard:.1f} s")
         self._staffing.tick(now)
         self._leases.tick(now)
         self._steps.tick(now)

@@ -225,7 +225,7 @@ def test_engine_failures_are_tried_again_then_counted(address: str) -> None:
 
 def test_position_survives_a_restart(address: str) -> None:
     config = broker_config(address, steps=4)
-    running = RunningBroker(config)
+    RunningBroker(config)
     worker, learner = ScriptedWorker(address, credit=3), ScriptedLearner(address)
     learner.step(0)
     learner.client.send(PositionRequest(step=1))
@@ -235,12 +235,12 @@ def test_position_survives_a_restart(address: str) -> None:
     assert cursors | {cursor for cursor, _ in position.pending} >= set(range(position.next_cursor))
     assert not cursors & {cursor for cursor, _ in position.pending}
     assert position.counts["trained"] == 2
-    learner.client.close("killed")
-    worker.join()
-    running.join()
+    for peer in (worker, learner):
+        peer.client.close("killed")
 
-    again = RunningBroker(broker_config(address, steps=4, start_step=1), position=position)
-    second, learner = ScriptedWorker(address), ScriptedLearner(address, start_step=1)
+    other = f"{address}-again"
+    again = RunningBroker(broker_config(other, steps=4, start_step=1), position=position)
+    second, learner = ScriptedWorker(other), ScriptedLearner(other, start_step=1)
     for step in range(1, 4):
         learner.step(step)
     learner.finish()
