@@ -70,8 +70,8 @@ def test_lease_of_a_worker_that_does_not_come_back_goes_to_another(address: str,
     first.close()
     brokers.replace()
     second = connect(address, "second", "worker", max_sequences=4)
-    second.send(Credits(total=2))
-    leases = [receive(second, Lease), receive(second, Lease)]
+    second.send(Credits(total=4))
+    leases = [receive(second, Lease, 10.0) for _ in range(4)]
     assert (lease.cursor, 1) in [(each.cursor, each.attempt) for each in leases]
     second.close("done")
 
