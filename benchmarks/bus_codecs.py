@@ -178,7 +178,7 @@ def _send(address: str, name: str, group_size: int, tokens: int, num_groups: int
 
 def _receive(socket: zmq.Socket, codec: Codec, num_groups: int, messages_a_group: int) -> float:
     """Seconds from the first group after warm-up to the last."""
-    started = 0.0
+    started, route = 0.0, zmq.Frame()
     for index in range(WARM_UP_GROUPS + num_groups):
         for _ in range(messages_a_group):
             _wait(socket)

@@ -150,7 +150,7 @@ def run_load(load: Load, connect: Connect, each_batch: Callable[[int], object] =
     for socket in peers:
         poller.register(socket, zmq.POLLIN)
     while not (worker.has_ended and learner.has_ended):
-        ready = poller.poll(PATIENCE_S * 1000)
+        ready = poller.poll(int(PATIENCE_S * 1000))
         if not ready:
             raise TimeoutError(f"the broker has said nothing for {PATIENCE_S:g} s")
         for socket, _ in ready:
