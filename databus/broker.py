@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from databus.codec import Frame, MalformedMessage
 from databus.config import BrokerConfig
+from databus.keys import ServerKeys
 from databus.lease_desk import LeaseDesk
 from databus.messages import (
     BatchRequest,
@@ -20,10 +21,12 @@ from databus.messages import (
     Heartbeat,
     HeartbeatReply,
     Hello,
+    Leaving,
     Position,
     PositionRequest,
     Refused,
     Released,
+    Role,
     Status,
     StatusRequest,
     StepDone,
@@ -37,6 +40,7 @@ from databus.peers import Peer, may_send
 from databus.prompts import GroupFilter, GroupRecorder, MetricsSink, Prompt, PromptSource
 from databus.run_state import LearnerLost, RunFailed, new_state
 from databus.scheduling import Placement, Scheduler
+from databus.staffing import Staffing
 from databus.step_desk import StepDesk
 from databus.transport import BrokerSocket, Received
 
@@ -62,9 +66,13 @@ class Broker:
         scheduler: Scheduler | None = None,
         placement: Placement | None = None,
         recorder: GroupRecorder | None = None,
+        keys: ServerKeys | None = None,
     ) -> None:
-        """Binds the socket. Raises: ValueError, one line, where it cannot listen on `config.address`."""
-        self._socket = BrokerSocket(config.address, config.bus.max_message_bytes)
+        """Binds the socket. Args: keys: None for plain text.
+
+        Raises: ValueError, one line, where it cannot listen on `config.address`.
+        """
+        self._socket = BrokerSocket(config.address, config.bus.max_message_bytes, keys)
         self.address = self._socket.address
         self.refused = 0
         self._config = config
@@ -72,6 +80,7 @@ class Broker:
             config, prompts, evals, filters, self._socket.send, position, scheduler=scheduler, placement=placement
         )
         self._leases = LeaseDesk(self._state, recorder)
+        self._staffing = Staffing(self._state)
         self._steps = StepDesk(self._state, sink)
         self._phase = "starting"
         self._error = ""
@@ -99,7 +108,8 @@ class Broker:
         self._receive(TICK_S)
         now = time.monotonic()
         for peer in self._state.peers.silent(now):
-            self._lost(peer, f"not heard for {self._config.bus.peer_timeout_s:g} s")
+            self._lost(peer, f"not heard for {now - peer.heard:.1f} s")
+        self._staffing.tick(now)
         self._leases.tick(now)
         self._steps.tick(now)
         self._leases.announce()
@@ -118,15 +128,15 @@ class Broker:
 
     def _take(self, received: Received) -> None:
         """One message in; whatever is wrong with it is the sender's problem, not the run's."""
-        name, message, frames, route = received
+        name, message, frames, route, key_role = received
         try:
             if isinstance(message, MalformedMessage):
                 raise message
             if isinstance(message, Hello):
-                self._hello(name, message, route)
+                self._hello(name, message, route, key_role)
                 return
             peer = self._state.peers.get(name)
-            if peer is None or peer.route != route:
+            if peer is None or peer.route != route or key_role not in (None, peer.role):
                 self._refuse(route, "say hello first: the broker does not know you, or has given you up for dead")
                 return
             peer.heard = time.monotonic()
@@ -152,6 +162,8 @@ class Broker:
                 self._leases.failed(peer, message)
             case Released():
                 self._leases.released(peer, message)
+            case Leaving():
+                self._staffing.leaving(peer, message)
             case VersionApplied():
                 self._leases.applied(peer, message)
             case BatchRequest():
@@ -167,9 +179,9 @@ class Broker:
 
     # ------------------------------------------------------------ peers
 
-    def _hello(self, sender: str, hello: Hello, route: bytes) -> None:
+    def _hello(self, sender: str, hello: Hello, route: bytes, key_role: Role | None) -> None:
         known = self._state.peers.get(sender)
-        objection = self._objection(sender, hello)
+        objection = self._objection(sender, hello, key_role)
         if objection:
             self._refuse(route, objection)
             if known is None:
@@ -178,7 +190,7 @@ class Broker:
         if known is None or known.route != route or known.hello != hello:
             if known is not None:
                 self._lost(known, "was replaced")
-            self._state.peers.add(hello, route)
+            self._staffing.joined(self._state.peers.add(hello, route))
             self._socket.seat(sender, route)
             logger.info("%s joined: %s, pid %d on %s", sender, hello.role, hello.pid, hello.host)
             self._state.touch()
@@ -191,7 +203,9 @@ class Broker:
         )
         self._state.send(sender, welcome)
 
-    def _objection(self, sender: str, hello: Hello) -> str:
+    def _objection(self, sender: str, hello: Hello, key_role: Role | None) -> str:
+        if key_role not in (None, hello.role):
+            return f"its key is of role {key_role}, and it calls itself {hello.role}"
         if self._phase in ENDED:
             return f"the run is over: {self._error or 'all steps are done'}"
         newest = self._config.start_step if self._state.newest is None else self._state.newest
@@ -230,12 +244,15 @@ class Broker:
             steps=self._config.steps,
             version=state.newest or 0,
             learner_ready=state.newest is not None,
-            workers=state.peers.worker_statuses(state.leases.by_worker(), now),
+            workers=state.peers.worker_statuses(state.held_by_worker(), now),
             running_groups=state.ledger.running,
             queued_groups=len(state.queue),
             counts=state.ledger.counts(),
             last_progress_s=now - state.progress,
             error=self._error,
+            drained=self._staffing.drained,
+            training_s=0.0 if state.batch is None else now - state.batch_cut,
+            requested=state.requested is not None and state.batch is None,
         )
 
     def _say_stop(self, stop: Stop) -> None:

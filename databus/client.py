@@ -19,6 +19,7 @@ import zmq
 from databus.address import check_address
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
 from databus.errors import BusError, BusLost, BusRefused, BusTimeout
+from databus.keys import ClientKeys
 from databus.messages import (
     Goodbye,
     Heartbeat,
@@ -56,9 +57,14 @@ class BusClient:
         *,
         max_message_bytes: int = 1 << 28,
         heartbeat: Callable[[], Heartbeat] = Heartbeat,
+        keys: ClientKeys | None = None,
     ) -> None:
-        """Args: heartbeat: gives the counters to send; called from the bus thread. Raises: ValueError."""
-        self._address = check_address(address)
+        """Args: heartbeat: gives the counters to send; called from the bus thread. keys: None for plain text.
+
+        Raises: ValueError.
+        """
+        self._address = check_address(address, encrypted=keys is not None)
+        self._keys = keys
         self._hello = hello
         self._route = new_route(hello.name)
         self._max_message_bytes = max_message_bytes
@@ -86,7 +92,8 @@ class BusClient:
             raise
         if arrived is None:
             self.close()
-            raise BusTimeout(f"no broker answered at {self._address} within {timeout_s:g} s")
+            unless = ", or it wants another key" if self._address.startswith("tcp://") else ""
+            raise BusTimeout(f"no broker answered at {self._address} within {timeout_s:g} s{unless}")
         match arrived.message:
             case Welcome() as welcome:
                 return welcome
@@ -148,7 +155,7 @@ class BusClient:
     def _work(self) -> None:
         wake = self._context.socket(zmq.PAIR)
         wake.connect("inproc://wake")
-        socket = make_socket(self._context, zmq.DEALER, self._max_message_bytes)
+        socket = make_socket(self._context, zmq.DEALER, self._max_message_bytes, self._keys)
         socket.setsockopt(zmq.IDENTITY, self._route)
         socket.setsockopt(zmq.IPV6, is_ipv6(self._address))
         try:

@@ -13,9 +13,11 @@ StalePolicy = Literal["drop", "mask", "requeue"]
 class BusConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sockets, deadlines and limits.
 
-    address: where the broker listens; "auto" is an ipc socket of the run. `tcp://127.0.0.1:PORT`
-        serves other processes of this machine in plain text; other hosts need keys, which this version
-        does not have yet, so any other address is refused.
+    address: where the broker listens; "auto" is an ipc socket of the run, `tcp://HOST:PORT` serves other machines.
+    keys: folder of the CURVE keys that tcp sockets use (`echelon keys new`); "auto": the run makes its own.
+    plain: no keys and no encryption on tcp, which is then allowed on loopback alone.
+    slow_fraction, slow_s: a worker that, while it has work, stays below this share of the others' median tokens/s for
+        so long is sent away, and replaced where the supervisor started it. 0: none is.
     heartbeat_s: how often every peer is heard.
     peer_timeout_s: silence after which a peer is taken for dead and loses its leases.
     lease_s: time a worker has for one group.
@@ -29,6 +31,15 @@ class BusConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lease_s: PositiveFloat = 600.0
     max_attempts: PositiveInt = 3
     max_message_bytes: PositiveInt = 1 << 28
+    keys: Annotated[str, Meta(min_length=1)] = "auto"
+    plain: bool = False
+    slow_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.3
+    slow_s: PositiveFloat = 120.0
+
+    @property
+    def encrypted(self) -> bool:
+        """Do the run's sockets use keys? On ipc, the permissions of files say who may connect."""
+        return self.address.startswith("tcp://") and not self.plain
 
 
 class HistoryConfig(Struct, frozen=True, kw_only=True):

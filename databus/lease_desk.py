@@ -63,7 +63,8 @@ class LeaseDesk:
     def lease_all(self) -> None:
         """Give every worker what it has credit for, one group at a time, each to whom `placement` chooses."""
         for worker in self._state.peers.workers():
-            self._lease_evaluation(worker)
+            if worker.standing == "working":
+                self._lease_evaluation(worker)
         workers = [worker for worker in self._state.peers.workers() if self._may_lease(worker)]
         loads = [self._load(worker) for worker in workers]
         while workers:
@@ -86,7 +87,8 @@ class LeaseDesk:
         state = self._state
         accepted, running = state.accepted, state.ledger.running
         return (
-            worker.leases_sent < worker.credits
+            worker.standing == "working"
+            and worker.leases_sent < worker.credits
             and state.config.start_step <= worker.version >= worker.announced
             and accepted + running < state.config.steps * state.config.batch_groups
             and state.gate.capacity(worker.version, accepted, running) > 0

@@ -13,6 +13,7 @@ PROTOCOL = 1
 
 Role = Literal["worker", "learner", "observer"]
 Purpose = Literal["train", "eval"]
+Standing = Literal["working", "spare", "leaving"]
 
 
 class Column(Struct, frozen=True):
@@ -38,6 +39,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag=True):
 
     `version` is the policy version the peer holds: the one a worker's engine serves, or the
     one the learner starts from. `max_sequences` is how many sequences a worker's engine runs at once.
+    `spare`: a worker that is leased nothing until it stands in for one that was lost.
     """
 
     role: Role
@@ -48,6 +50,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag=True):
     max_sequences: int = 0
     pid: int = 0
     host: str = ""
+    spare: bool = False
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, tag=True):
@@ -102,6 +105,12 @@ class Released(Struct, frozen=True, kw_only=True, tag=True):
     """Worker -> broker: leases handed back untouched or unfinished; they are leased again."""
 
     group_ids: tuple[str, ...]
+
+
+class Leaving(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> broker: lease me nothing more; what I finish still comes, the rest I hand back, then I say goodbye."""
+
+    reason: str
 
 
 class VersionApplied(Struct, frozen=True, kw_only=True, tag=True):
@@ -216,6 +225,12 @@ class Cancel(Struct, frozen=True, kw_only=True, tag=True):
     group_ids: tuple[str, ...]
 
 
+class Drain(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> worker: leave in good order, as on SIGTERM; `reason` is one line for a person."""
+
+    reason: str
+
+
 class Ack(Struct, frozen=True, kw_only=True, tag=True):
     """Broker -> worker: the group's result is settled, so the worker may forget it.
 
@@ -274,19 +289,24 @@ class Position(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
+    """A worker as the broker knows it. `standing`: a spare and one that is leaving get no leases."""
+
     name: str
     version: int
     leased_groups: int
     running_sequences: int
     tokens_per_s: float
     silent_s: float
+    standing: Standing = "working"
 
 
 class Status(Struct, frozen=True, kw_only=True, tag=True):
     """Broker -> observer: the run at a glance. `phase` is `starting | running | finishing | finished | failed`.
 
     `last_progress_s` is the age of the newest sign of progress (a group completed, a step done, a
-    version applied); `error` is the first cause where the broker ended the run.
+    version applied); `error` is the first cause where the broker ended the run. `drained`: workers that the
+    broker has told to leave, and why, until they are back. `training_s`: how long the learner has had the batch that
+    it has, 0 where it has none; `requested`: it waits for one.
     """
 
     phase: str
@@ -300,6 +320,9 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     counts: dict[str, int]
     last_progress_s: float
     error: str = ""
+    drained: dict[str, str] = {}
+    training_s: float = 0.0
+    requested: bool = False
 
 
 # ---------------------------------------------------------------- worker <-> weight server of the learner
@@ -353,12 +376,12 @@ class VersionGone(Struct, frozen=True, kw_only=True, tag=True):
 
 
 PeerHello = Hello | Heartbeat | Goodbye
-FromWorker = Credits | Completed | Failed | Released | VersionApplied
+FromWorker = Credits | Completed | Failed | Released | VersionApplied | Leaving
 FromLearner = BatchRequest | StepDone | VersionPublished | PositionRequest
 ToBroker = PeerHello | FromWorker | FromLearner | StatusRequest
 
 ToAnyPeer = Welcome | Refused | HeartbeatReply | Stop
-ToWorker = ToAnyPeer | Lease | Cancel | Ack | VersionAnnounced
+ToWorker = ToAnyPeer | Lease | Cancel | Ack | VersionAnnounced | Drain
 ToLearner = ToAnyPeer | Batch | Position
 ToObserver = ToAnyPeer | Status
 

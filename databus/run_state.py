@@ -1,6 +1,7 @@
 """What the broker knows of a run; its desks share it, one thread works on it."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -37,7 +38,8 @@ class Send(Protocol):
 
 @dataclass
 class RunState:
-    """step: the next one to be trained. versions: published ones, newest last. batch: cut, not done yet."""
+    """step: the next one to be trained. versions: published ones, newest last. batch: cut, not done yet; batch_cut:
+    when, on the monotonic clock."""
 
     config: BrokerConfig
     prompts: PromptSource
@@ -54,6 +56,7 @@ class RunState:
     step: int
     versions: dict[int, VersionPublished] = field(default_factory=dict)
     batch: CutBatch | None = None
+    batch_cut: float = 0.0
     requested: int | None = None
     scheduler: Scheduler | None = None
     placement: Placement = field(default_factory=MostCredit)
@@ -68,6 +71,13 @@ class RunState:
     def accepted(self) -> int:
         """Groups that steps taken have used up, and completed ones; whatever the batch size was before a resumption."""
         return self.step * self.config.batch_groups + self.ledger.completed
+
+    def held_by_worker(self) -> dict[str, int]:
+        """Groups that each worker holds, problems of an evaluation among them."""
+        held = Counter(self.leases.by_worker())
+        if self.evaluations.current is not None:
+            held.update(worker for worker, _ in self.evaluations.current.leased.values())
+        return held
 
     def touch(self) -> None:
         """Something went forward."""
@@ -104,7 +114,7 @@ def new_state(
         evaluations=Evaluations(
             len(evals), config.eval_every, config.steps, config.eval_threshold, config.eval_timeout_s
         ),
-        peers=Peers(config.bus.peer_timeout_s),
+        peers=Peers(config.bus.peer_timeout_s, config.bus.heartbeat_s),
         metrics=StepMetrics(),
         step=config.start_step,
         scheduler=scheduler,

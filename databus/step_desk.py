@@ -1,6 +1,7 @@
 """The learner's side of the broker: batches out, steps and versions in, rows of metrics."""
 
 import logging
+import time
 
 from databus.evaluation import Evaluation
 from databus.ledger import Entry
@@ -52,6 +53,7 @@ class StepDesk:
             return
         state.batch = state.queue.cut(state.requested, self._settle_stale)
         if state.batch is not None:
+            state.batch_cut = time.monotonic()
             state.touch()
             self._send_batch(learner)
 

@@ -22,6 +22,8 @@ class StepMetrics:
         self._tokens = 0
         self._updates: list[VersionApplied] = []
         self._drafting = DraftMetrics()
+        self._slow: dict[str, float] = {}
+        self._num_slow = 0
 
     def start(self) -> None:
         """All roles are up; only the first call counts."""
@@ -37,6 +39,11 @@ class StepMetrics:
     def applied(self, update: VersionApplied) -> None:
         self._updates.append(update)
 
+    def slow(self, worker: str, tokens_per_s: float) -> None:
+        """A worker is sent away for that; it is named in the next row."""
+        self._slow[f"slow/{worker}_tokens_per_s"] = tokens_per_s
+        self._num_slow += 1
+
     def heard(self, peer: Peer) -> None:
         self._drafting.heard(peer)
 
@@ -48,8 +55,9 @@ class StepMetrics:
         row["rollout/tokens_per_s"] = self._tokens / max(1e-9, now - self._since)
         row |= self._drafting.since_last() | self._weight_metrics()
         row["bus/queued_groups"] = queued
+        row |= {"bus/slow_workers": self._num_slow} | self._slow
         row |= {f"ledger/{state}_groups": count for state, count in counts.items()}
-        self._since, self._tokens, self._updates = now, 0, []
+        self._since, self._tokens, self._updates, self._slow = now, 0, [], {}
         return row | dict(learner)
 
     def _weight_metrics(self) -> dict[str, float]:

@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_watch(commands)
     _add_export(commands)
     _add_bench_draft(commands)
+    _add_keys(commands)
     return parser
 
 
@@ -86,7 +87,9 @@ def _add_worker(commands: "argparse._SubParsersAction[Parser]") -> None:
     worker = commands.add_parser("worker", help="join a run with another rollout worker, at any time")
     worker.add_argument("--join", required=True, metavar="DIR_OR_ADDRESS", help="the run's folder or its bus address")
     worker.add_argument("--name", help="name of the worker, unique in the run (default: worker-HOST-PID)")
+    worker.add_argument("--keys", metavar="DIR", help="the run's keys, where --join is an address on tcp")
     worker.add_argument("--recipe", metavar="PATH", help="the recipe, where it defines the reward and lies elsewhere")
+    worker.add_argument("--model", metavar="PATH", help="the initial model, where this machine has it elsewhere")
 
 
 def _add_watch(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -111,6 +114,13 @@ def _add_bench_draft(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--policy", choices=policies, default=policies[0], help="marginal fits its latencies to the replay's own"
     )
     bench.add_argument("--max-tokens", type=_draft_tokens, help="most tokens of a draft (default: the run's)")
+
+
+def _add_keys(commands: "argparse._SubParsersAction[Parser]") -> None:
+    keys = commands.add_parser("keys", help="make the keys with which other machines may join a run")
+    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
+    new = actions.add_parser("new", help="write a key pair for every role: broker, learner, worker, observer")
+    new.add_argument("dir", metavar="DIR", help="a folder that is empty or does not exist")
 
 
 def _draft_tokens(text: str) -> int:

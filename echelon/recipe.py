@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from databus.config import BusConfig
 from echelon.config import RunConfig
 from echelon.overrides import apply_overrides
 from echelon.settings import to_config
@@ -81,7 +82,14 @@ def _with_absolute_paths(config: RunConfig, file: Path) -> RunConfig:
     """What exists on this disk is named absolutely: roles, workers and `echelon export` may start elsewhere."""
     data = msgspec.structs.replace(config.data, train=_absolute(config.data.train), eval=_absolute(config.data.eval))
     reward = msgspec.structs.replace(config.reward, function=_reward_reference(config.reward.function, file))
-    return msgspec.structs.replace(config, model=_absolute(config.model), data=data, reward=reward)
+    return msgspec.structs.replace(
+        config, model=_absolute(config.model), data=data, reward=reward, bus=_with_absolute_keys(config.bus)
+    )
+
+
+def _with_absolute_keys(bus: BusConfig) -> BusConfig:
+    """ "auto" is a word, anything else a folder."""
+    return bus if bus.keys == "auto" else msgspec.structs.replace(bus, keys=str(Path(bus.keys).expanduser().resolve()))
 
 
 def _absolute(text: str) -> str:

@@ -1,5 +1,6 @@
 """The processes of a run: how each role is started, and which are there."""
 
+import signal
 from pathlib import Path
 
 from echelon.config import RunConfig
@@ -29,11 +30,16 @@ class Roster:
         return self._start(BROKER, [MODULES[BROKER], self._run_dir])
 
     def start_worker(self, index: int) -> Child:
+        """Those beyond `rollout.workers` are spares."""
         name = f"worker-{index}"
+        arguments = [MODULES["worker"], self._run_dir, "--name", name]
+        if index >= self._config.rollout.workers:
+            arguments.append("--spare")
         gpus = worker_gpus(self._config, self._gpus, index)
         # vLLM places its threads itself; torch's get in one another's way where cores are few.
         defaults = {"OMP_NUM_THREADS": "1"} if self._config.rollout.engine == "small" else {}
-        return self._start(name, [MODULES["worker"], self._run_dir, "--name", name], gpus, defaults)
+        # SIGTERM would have it finish what nobody will train.
+        return self._start(name, arguments, gpus, defaults, stop_signal=signal.SIGINT)
 
     def restart_worker(self, child: Child) -> Child:
         child.kill()  # whatever is left of its group
@@ -58,10 +64,18 @@ class Roster:
         for child in self.children.values():
             child.kill()
 
-    def role_processes(self) -> list[int]:
+    def role_processes(self) -> list[tuple[str, int]]:
+        """(role, process id) of all that run: torchrun's ranks count, its agent does not."""
+        roles = [(child, MODULES[child.name.partition("-")[0]]) for child in self._running()]
+        return [(child.name, pid) for child, module in roles for pid in child.role_processes(module)]
+
+    def stack_processes(self) -> list[int]:
         """Ids of all processes that answer SIGUSR1 with their stacks."""
-        roles = [(child, MODULES[child.name.partition("-")[0]]) for child in self.children.values()]
-        return [pid for child, module in roles if child.exit_code() is None for pid in child.role_processes(module)]
+        scoring = [pid for child in self._running() for pid in child.scoring_processes()]
+        return [pid for _, pid in self.role_processes()] + scoring
+
+    def _running(self) -> list[Child]:
+        return [child for child in self.children.values() if child.exit_code() is None]
 
     def _start(
         self,
@@ -69,10 +83,11 @@ class Roster:
         arguments: list[str],
         settings: dict[str, str] | None = None,
         defaults: dict[str, str] | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
     ) -> Child:
         """Args: settings: variables that must hold. defaults: those that the user's environment overrides."""
         environment = child_environment(self._root, defaults or {}) | (settings or {})
-        child = Child(name, arguments, environment, self._folder.log_file(name))
+        child = Child(name, arguments, environment, self._folder.log_file(name), stop_signal)
         self.children[name] = child
         return child
 

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 import torch.distributed as dist
 
+from databus.keys import ServerKeys
 from learner.batch import BatchFeed
 from learner.bus import BrokerLink, Bus, RunStoppedError
 from learner.checkpoint import load_checkpoint
@@ -38,9 +39,9 @@ class LearnerRun:
     """What the learner needs to know of a run beside its own settings.
 
     model: folder or hub id. serving_dtype, temperature: of the rollout workers. bus_address: where the broker
-    listens; it decides where the weight server listens. resume_from: a checkpoint folder. batch_timeout_s: how
-    long to wait for one batch. end_timeout_s: how long after the last step the broker may take to end the run.
-    collective_timeout_s: how long a rank waits for the others.
+    listens; it decides where the weight server listens. weight_keys: of that server; None for plain text. resume_from:
+    a checkpoint folder. batch_timeout_s: how long to wait for one batch. end_timeout_s: how long after the last step
+    the broker may take to end the run. collective_timeout_s: how long a rank waits for the others.
     """
 
     model: str
@@ -50,6 +51,7 @@ class LearnerRun:
     seed: int
     checkpoints_dir: Path
     bus_address: str
+    weight_keys: ServerKeys | None = None
     resume_from: Path | None = None
     batch_timeout_s: float = 3600.0
     end_timeout_s: float = 3600.0
@@ -121,7 +123,7 @@ def _connect(
 ) -> FirstRank:
     bus = bus_factory(start_step)
     stack.callback(bus.close)
-    weights = WeightServer(run.bus_address, keep=max(MIN_KEPT_VERSIONS, run.max_staleness + 2))
+    weights = WeightServer(run.bus_address, keep=max(MIN_KEPT_VERSIONS, run.max_staleness + 2), keys=run.weight_keys)
     stack.callback(weights.close)
     return FirstRank(broker=BrokerLink(bus), weights=weights)
 

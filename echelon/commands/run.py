@@ -33,6 +33,7 @@ def execute(args: argparse.Namespace) -> int:
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.locked():
         record = folder.claim(recipe, args.resume)
+        folder.make_keys(recipe.config.bus)
         first_step = _first_step(folder, recipe) if args.resume else 0
         for file in (folder.metrics_file, folder.samples_file):
             keep_rows_before(file, first_step)

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from databus.address import resolve_address
+from databus.address import reachable, resolve_address
 from databus.broker import Broker
 from databus.config import BrokerConfig, HistoryConfig
+from databus.keys import server_keys
 from databus.messages import Position
 from databus.prompts import Prompt, SampledGroup
 from databus.run_state import LearnerLost
@@ -59,6 +60,7 @@ def serve(folder: RunFolder) -> None:
     prompts = PromptFile(folder.train_prompts, config.seed, config.data.shuffle)
     evals = read_evaluation(folder) if config.eval.every > 0 else []
     scheduler = make_scheduler(config, prompts, position)
+    keys = folder.keys(config.bus)
     broker = Broker(
         broker_config(folder, start_step),
         ScheduledPrompts(prompts, scheduler.problem_of),
@@ -69,10 +71,13 @@ def serve(folder: RunFolder) -> None:
         scheduler=scheduler,
         placement=LeastRemaining(),
         recorder=RolloutWriter(folder.rollouts_file, len(prompts)) if config.draft.record else None,
+        keys=None if keys is None else server_keys(keys, "broker"),
     )
-    record = BusRecord(address=broker.address, run_id=folder.record().run_id)
+    address = reachable(broker.address)
+    record = BusRecord(address=address, run_id=folder.record().run_id, keys="" if keys is None else str(keys))
     write_atomically(folder.bus_file, msgspec.json.encode(record))
-    logger.info("listening on %s, from step %d, %d prompts", broker.address, start_step, len(prompts))
+    how = "plain text" if keys is None else f"keys in {keys}"
+    logger.info("listening on %s (%s), from step %d, %d prompts", broker.address, how, start_step, len(prompts))
     try:
         broker.run()
     except Terminated:
@@ -115,7 +120,7 @@ def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
     config = folder.config()
     return BrokerConfig(
         run_id=folder.record().run_id,
-        address=resolve_address(config.bus.address, folder.path),
+        address=resolve_address(config.bus.address, folder.path, config.bus.encrypted),
         steps=config.learner.steps,
         start_step=start_step,
         group_size=config.group_size,

@@ -37,7 +37,8 @@ def learn(folder: RunFolder) -> None:
         max_staleness=config.max_staleness,
         seed=config.seed,
         checkpoints_dir=folder.checkpoints,
-        bus_address=bus.address,
+        bus_address=config.bus.address if bus.keys else bus.address,
+        weight_keys=bus.server_keys("learner", allowed=["worker"]),
         resume_from=latest_checkpoint(folder.checkpoints),
         # The supervisor's watchdog comes first, and counts from when all are up; these are for want of one.
         batch_timeout_s=patience_s,
@@ -69,7 +70,8 @@ def connect(folder: RunFolder, version: int) -> LearnerBus:
     assert record is not None
     host = socket.gethostname()
     hello = Hello(role="learner", name="learner", run_id=record.run_id, version=version, pid=os.getpid(), host=host)
-    client = BusClient(record.address, hello, max_message_bytes=folder.config().bus.max_message_bytes)
+    limit = folder.config().bus.max_message_bytes
+    client = BusClient(record.address, hello, max_message_bytes=limit, keys=record.client_keys("learner"))
     client.connect(CONNECT_S)
     return LearnerBus(client)
 

@@ -12,6 +12,7 @@ from databus.client import BusClient
 from databus.codec import encode_columns
 from databus.config import BrokerConfig, BusConfig
 from databus.groups import Group, run_lengths
+from databus.keys import ClientKeys
 from databus.messages import (
     Ack,
     Batch,
@@ -119,8 +120,8 @@ class RunningBroker:
         assert not self._thread.is_alive(), "the broker did not end"
 
 
-def connect(address: str, name: str, role: Any, **more: Any) -> BusClient:
-    client = BusClient(address, Hello(role=role, name=name, **more))
+def connect(address: str, name: str, role: Any, keys: ClientKeys | None = None, **more: Any) -> BusClient:
+    client = BusClient(address, Hello(role=role, name=name, **more), keys=keys)
     client.connect(5.0)
     return client
 
@@ -152,8 +153,15 @@ def receive(client: BusClient, kind: type, timeout_s: float = 5.0) -> Any:
 class ScriptedWorker:
     """Answers every lease at once with tokens of the version that it serves, and applies what is announced."""
 
-    def __init__(self, address: str, name: str = "worker-0", credit: int = 4, max_sequences: int = 4) -> None:
-        self.client = connect(address, name, "worker", max_sequences=max_sequences)
+    def __init__(
+        self,
+        address: str,
+        name: str = "worker-0",
+        credit: int = 4,
+        max_sequences: int = 4,
+        keys: ClientKeys | None = None,
+    ) -> None:
+        self.client = connect(address, name, "worker", keys, max_sequences=max_sequences)
         self.version = 0
         self.total = credit
         self.leases: list[tuple[int, Lease]] = []
@@ -195,8 +203,8 @@ class ScriptedWorker:
 class ScriptedLearner:
     """Asks for every batch, trains nothing, publishes the next version."""
 
-    def __init__(self, address: str, start_step: int = 0) -> None:
-        self.client = connect(address, "learner", "learner", version=start_step)
+    def __init__(self, address: str, start_step: int = 0, keys: ClientKeys | None = None) -> None:
+        self.client = connect(address, "learner", "learner", keys, version=start_step)
         self.batches: list[Batch] = []
         self.positions: list[Position] = []
         self.publish(start_step)

@@ -19,8 +19,10 @@ from databus.messages import (
     Cancel,
     Completed,
     Credits,
+    Drain,
     Failed,
     Lease,
+    Leaving,
     Manifest,
     Refused,
     Released,
@@ -425,3 +427,82 @@ def test_told_to_stop_it_gives_its_leases_back() -> None:
         assert sorted(setting.engine.aborted) == ["a", "b"]
 
     run(scenario)
+
+
+def test_leaving_worker_finishes_what_is_nearly_done_and_hands_back_the_rest() -> None:
+    async def scenario(setting: Setting) -> None:
+        bus = setting.bus
+        setting.worker._durations._done.append(1000.0)  # so a group that has just begun has long to go
+        setting.engine.gate.clear()
+        bus.say(lease("old"), lease("new"))
+        await until(lambda: len(setting.worker._running) == 2)
+        setting.worker._durations._started["old"] -= 999.0
+        credits = bus.credits()
+        setting.worker.leave("told to leave")
+        assert (await bus.wait(Released))[0].group_ids == ("new",)
+        bus.say(lease("late"))
+        assert (await bus.wait(Released, 2))[1].group_ids == ("late",)
+        setting.engine.gate.set()
+        assert (await bus.wait(Completed))[0].group_id == "old"
+        await asyncio.sleep(0.2)
+        assert not setting.running.done(), "its result is not acknowledged yet"
+        bus.say(Ack(group_id="old", accepted=True))
+        assert (await asyncio.wait_for(setting.running, 5)).reason == "told to leave"
+        kinds = [type(message) for message, _ in bus.sent]
+        assert kinds.index(Leaving) < kinds.index(Released)
+        assert bus.credits() == credits, "it asks for nothing more"
+
+    run(scenario)
+
+
+def test_what_does_not_get_done_in_time_is_handed_back() -> None:
+    async def scenario(setting: Setting) -> None:
+        setting.engine.gate.clear()
+        setting.bus.say(lease("a"))
+        await until(lambda: bool(setting.worker._running))
+        setting.worker.leave("told to leave")
+        assert (await setting.bus.wait(Released))[0].group_ids == ("a",)
+        assert (await asyncio.wait_for(setting.running, 5)).ok
+
+    run(scenario, drain_s=0.3)
+
+
+def test_told_to_leave_twice_is_at_once() -> None:
+    async def scenario(setting: Setting) -> None:
+        setting.engine.gate.clear()
+        setting.bus.say(lease("a"))
+        await until(lambda: bool(setting.worker._running))
+        setting.worker.leave("told to leave")
+        await setting.bus.wait(Leaving)
+        setting.worker.leave("told again")
+        assert (await asyncio.wait_for(setting.running, 5)).reason == "told again"
+        assert setting.bus.all(Released)[0].group_ids == ("a",)
+
+    run(scenario, drain_s=1000.0)
+
+
+def test_broker_may_send_a_worker_away() -> None:
+    async def scenario(setting: Setting) -> None:
+        setting.bus.say(Drain(reason="slow"))
+        assert (await setting.bus.wait(Leaving))[0].reason == "slow"
+        assert (await asyncio.wait_for(setting.running, 5)).reason == "slow"
+
+    run(scenario)
+
+
+def test_end_of_the_run_cuts_leaving_short() -> None:
+    async def scenario(setting: Setting) -> None:
+        setting.engine.gate.clear()
+        setting.bus.say(lease("a"))
+        await until(lambda: bool(setting.worker._running))
+        setting.worker.leave("told to leave")
+        await setting.bus.wait(Leaving)
+        assert (await setting.end()).reason == "done"
+
+    run(scenario, drain_s=1000.0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.002)
