@@ -14,7 +14,9 @@ from databus.messages import Status, WorkerStatus
 from echelon.processes import Child
 from echelon.roster import BROKER, Roster
 
-STACKS_S = 1.0
+STACKS_S = 5.0
+"""How long a role may take to write its stacks."""
+WRITING_S = 0.5
 SILENT_S = 5.0
 """A broker or worker that has not been heard for longer is worth a word, whatever its heartbeat."""
 MAX_STACK_BYTES = 64 << 10
@@ -57,7 +59,10 @@ class Watchdog:
         for pid in self._roster.stack_processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
-        time.sleep(STACKS_S)
+        deadline = time.monotonic() + STACKS_S
+        while time.monotonic() < deadline and any(c.log.stat().st_size == before[c.name] for c in children):
+            time.sleep(0.1)
+        time.sleep(WRITING_S)  # the last of them may be at it still
         return [f"stacks of {child.name}:\n{_read_from(child.log, before[child.name])}" for child in children]
 
 

@@ -484,10 +484,7 @@ def test_leaving_worker_finishes_what_is_nearly_done_and_hands_back_the_rest() -
 
 def test_what_does_not_get_done_in_time_is_handed_back() -> None:
     async def scenario(setting: Setting) -> None:
-        setting.engine.gate.clear()
-        setting.bus.say(lease("a"))
-        await until(lambda: bool(setting.worker._running))
-        setting.worker.leave("told to leave")
+        await leave_with_a_group(setting)
         assert (await setting.bus.wait(Released))[0].group_ids == ("a",)
         assert (await asyncio.wait_for(setting.running, 5)).ok
 
@@ -496,10 +493,7 @@ def test_what_does_not_get_done_in_time_is_handed_back() -> None:
 
 def test_told_to_leave_twice_is_at_once() -> None:
     async def scenario(setting: Setting) -> None:
-        setting.engine.gate.clear()
-        setting.bus.say(lease("a"))
-        await until(lambda: bool(setting.worker._running))
-        setting.worker.leave("told to leave")
+        await leave_with_a_group(setting)
         await setting.bus.wait(Leaving)
         setting.worker.leave("told again")
         assert (await asyncio.wait_for(setting.running, 5)).reason == "told again"
@@ -519,14 +513,19 @@ def test_broker_may_send_a_worker_away() -> None:
 
 def test_end_of_the_run_cuts_leaving_short() -> None:
     async def scenario(setting: Setting) -> None:
-        setting.engine.gate.clear()
-        setting.bus.say(lease("a"))
-        await until(lambda: bool(setting.worker._running))
-        setting.worker.leave("told to leave")
+        await leave_with_a_group(setting)
         await setting.bus.wait(Leaving)
         assert (await setting.end()).reason == "done"
 
     run(scenario, drain_s=1000.0)
+
+
+async def leave_with_a_group(setting: Setting) -> None:
+    """It is told to leave while its engine is at `a`, and will not get done."""
+    setting.engine.gate.clear()
+    setting.bus.say(lease("a"))
+    await until(lambda: bool(setting.worker._running))
+    setting.worker.leave("told to leave")
 
 
 async def until(condition: Callable[[], bool]) -> None:
