@@ -1,7 +1,7 @@
 """Completed groups that wait for a batch, and the cut of one."""
 
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from databus.codec import Frame, encode_columns
@@ -64,6 +64,14 @@ class BatchQueue:
 
     def remove(self, group_id: str) -> None:
         self._waiting = [waiting for waiting in self._waiting if waiting.entry.group_id != group_id]
+
+    def __iter__(self) -> Iterator[Waiting]:
+        """Oldest first."""
+        return iter(self._waiting)
+
+    def relocate(self, places: Mapping[str, int]) -> None:
+        """Their records lie elsewhere in the journal now. Args: places: packed, by group id."""
+        self._waiting = [replace(each, place=places[each.entry.group_id]) for each in self._waiting]
 
     def take(self, step: int, group_ids: Sequence[str]) -> CutBatch:
         """The batch of `step` as it was cut once. Raises: KeyError for a group that does not wait."""

@@ -44,6 +44,7 @@ from databus.outbox import Outbox
 from databus.peers import Peer, may_send
 from databus.prompts import GroupFilter, GroupRecorder, MetricsSink, Prompt, PromptSource
 from databus.recovery import Recovery
+from databus.retention import Retention
 from databus.run_state import RunFailed, new_state
 from databus.scheduling import Placement, Scheduler
 from databus.staffing import Staffing
@@ -101,7 +102,8 @@ class Broker:
         self._leases = LeaseDesk(self._state, recorder)
         self._staffing = Staffing(self._state)
         self._steps = StepDesk(self._state, sink, first_row)
-        Recovery(self._state, self._leases, self._steps).fold(past)
+        self._retention = Retention(self._state, self._commit, self._leases.history, config.keep_journal)
+        Recovery(self._state, self._leases, self._steps, self._retention).fold(past)
         # Where an earlier broker had all but ended the run, peers are about to come back, and want to hear of it.
         came_back = self._state.ledger.next_cursor > 0 and position is None
         self._earliest_end = time.monotonic() + (2 * config.bus.heartbeat_s + RETURN_S if came_back else 0.0)
@@ -209,8 +211,10 @@ class Broker:
                 self._steps.step_done(message)
             case VersionPublished():
                 self._steps.published(message)
-            case PositionRequest():
+            case PositionRequest(step=step, oldest_checkpoint=oldest):
                 self._steps.position(peer, message)
+                self._retention.save(step)
+                self._retention.drop_before(min(oldest, self._steps.rows_written))
             case StatusRequest():
                 self._socket.send(peer.name, self._status())
 
@@ -304,6 +308,7 @@ class Broker:
             training_s=0.0 if state.batch is None else now - state.batch_cut,
             requested=state.requested is not None and state.batch is None,
             learner_silent_s=0.0 if learner is None else now - learner.heard,
+            disk_full=self._commit.disk_full,
         )
 
     def _say_stop(self, stop: Stop) -> None:

@@ -44,6 +44,12 @@ class BusConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.address.startswith("tcp://") and not self.plain
 
 
+class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The broker's journal. keep: all of it; else what is needed to go on from the checkpoints that are kept."""
+
+    keep: bool = False
+
+
 class HistoryConfig(Struct, frozen=True, kw_only=True):
     """How much the broker remembers of earlier completions, to send it with leases (`databus.history`).
 
@@ -59,7 +65,7 @@ class HistoryConfig(Struct, frozen=True, kw_only=True):
 class BrokerConfig(Struct, frozen=True, kw_only=True):
     """What the broker needs of a run; `echelon` derives it from the run's configuration.
 
-    history: None sends none.
+    history: None sends none. keep_journal: as `JournalConfig.keep`.
     """
 
     run_id: str
@@ -82,3 +88,4 @@ class BrokerConfig(Struct, frozen=True, kw_only=True):
     run_dir: str = ""
     max_filtered: int = 1000
     history: HistoryConfig | None = None
+    keep_journal: bool = False

@@ -7,15 +7,20 @@ is made durable at a time.
 import logging
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from databus.codec import Frame
 from databus.crash import crash_point
-from databus.journal import DiskFull, Journal
+from databus.journal import DiskFull, Journal, Place
 from databus.outbox import Outbox
+from databus.records import Record
 
 logger = logging.getLogger(__name__)
 
 TRY_AGAIN_S = 1.0
+SEGMENT_BYTES = 1 << 29
+"""A segment is read as a whole; beyond this size another is begun."""
 SWITCH_S = 0.0005
 """Python's own 5 ms, waited for after every call to the disk while the broker is busy, would make a commit ten times as
 long."""
@@ -55,6 +60,8 @@ class GroupCommit:
     def _begin(self) -> None:
         if not self.disk_full:
             self._outbox.seal()
+        if self._journal is not None and self._journal.segment_bytes > SEGMENT_BYTES:
+            self.roll()
         if self._journal is not None and self._journal.begin():
             self._writing = self._thread.submit(self._journal.write)
         else:
@@ -76,6 +83,27 @@ class GroupCommit:
         self._journal.end()
         crash_point("before_ack")
         self._outbox.flush()
+
+    def roll(self, records: Sequence[tuple[Record, Sequence[Frame]]] = ()) -> list[Place] | None:
+        """Go on in a new segment that begins with these, after all that was appended is durable.
+
+        Returns: their places; None without a journal, or while the disk is full. Raises: OSError where the disk fails.
+        """
+        if self._writing is not None:
+            wait((self._writing,))
+            self._end(self._writing)
+        if self._journal is None or self.disk_full:
+            return None
+        try:
+            return self._journal.roll(records)
+        except DiskFull as error:
+            logger.warning("no new segment of the journal: %s", error)
+            return None
+
+    def drop_before(self, segment: int) -> None:
+        """Delete the segments below this one."""
+        if self._journal is not None:
+            self._journal.drop_before(segment)
 
     def close(self) -> None:
         """Make the rest durable. Raises: DiskFull."""

@@ -32,6 +32,7 @@ MAGIC = b"echelon journal1"
 HEAD = struct.Struct("<IIQQ")
 MAX_RECORD_BYTES = 1 << 30
 OFFSET_BITS = 40
+UNFINISHED = ".new"
 
 _segment_name = re.compile(r"(\d{6,})\.log")
 _decoder = msgspec.msgpack.Decoder(Record)
@@ -79,10 +80,10 @@ class Journal:
         self._pending_bytes = 0
         self._writing: list[Frame] = []
         self._writing_bytes = 0
-        self._open(segment)
+        self._open(segment, segment_path(folder, segment))
+        sync_folder(folder)
 
-    def _open(self, segment: int) -> None:
-        path = segment_path(self._folder, segment)
+    def _open(self, segment: int, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._synced = os.fstat(self._file).st_size
         self._pending_bytes = 0
@@ -91,7 +92,6 @@ class Journal:
             self._synced = 0
             self._add([MAGIC])
             self.commit()
-            sync_folder(self._folder)
 
     @property
     def pending_bytes(self) -> int:
@@ -166,27 +166,31 @@ class Journal:
             if written:
                 parts[0] = parts[0][written:]
 
-    def roll(self, head: Record, copies: Sequence[tuple[Record, Sequence[Frame]]] = ()) -> None:
-        """Commit, and go on in a new segment that begins with these records, which are durable on return.
+    def roll(self, records: Sequence[tuple[Record, Sequence[Frame]]] = ()) -> list[Place]:
+        """Commit, and go on in a new segment that begins with these records: after a crash it has all of them, or is
+        not there. Nothing may be being written. Returns: their places.
 
         Raises: DiskFull, with the old segment still in use.
         """
         self.commit()
         old_file, old_segment, old_synced = self._file, self.segment, self._synced
+        path = segment_path(self._folder, old_segment + 1)
+        unfinished = path.with_name(path.name + UNFINISHED)
         try:
-            self._open(old_segment + 1)
-            self.append(head)
-            for record, frames in copies:
-                self.append(record, frames)
+            self._open(old_segment + 1, unfinished)
+            places = [self.append(record, frames) for record, frames in records]
             self.commit()
         except DiskFull:
             if self._file != old_file:
                 os.close(self._file)
-            segment_path(self._folder, old_segment + 1).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             self._file, self.segment, self._synced = old_file, old_segment, old_synced
             self._pending, self._pending_bytes, self._writing, self._writing_bytes = [], 0, [], 0
             raise
+        unfinished.rename(path)
+        sync_folder(self._folder)
         os.close(old_file)
+        return places
 
     def read(self, place: Place) -> JournalEntry:
         """A record that is durable. Raises: JournalDamaged."""
@@ -232,10 +236,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def recover(folder: Path) -> int:
-    """Cut off what a crash tore from the last segment. Returns: the segment to go on with.
+    """Cut off what a crash tore from the last segment, and drop one that it was about to begin.
+
+    Returns: the segment to go on with.
 
     Raises: JournalDamaged.
     """
+    for unfinished in folder.glob(f"*.log{UNFINISHED}"):
+        unfinished.unlink()
     numbers = segments(folder)
     if not numbers:
         return 0

@@ -27,8 +27,10 @@ class Leases:
         self._held: dict[str, Held] = {}
         self._late: dict[str, Held] = {}
 
-    def add(self, group_id: str, worker: str, prompt: Prompt, now: float, predicted_tokens: int = 0) -> None:
-        self._held[group_id] = Held(group_id, worker, prompt, now + self._lease_s, predicted_tokens, now)
+    def add(self, group_id: str, worker: str, prompt: Prompt, now: float, predicted_tokens: int = 0) -> Held:
+        held = Held(group_id, worker, prompt, now + self._lease_s, predicted_tokens, now)
+        self._held[group_id] = held
+        return held
 
     def get(self, group_id: str) -> Held | None:
         """The lease, expired or not."""

@@ -161,9 +161,13 @@ class VersionPublished(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class PositionRequest(Struct, frozen=True, kw_only=True, tag=True):
-    """Learner -> broker: where the data stood once steps `0..step-1` were trained; goes into a checkpoint."""
+    """Learner -> broker: where the data stood once steps `0..step-1` were trained; goes into a checkpoint.
+
+    oldest_checkpoint: the step from which the learner may still have to go on, by the checkpoints that are there.
+    """
 
     step: int
+    oldest_checkpoint: int = 0
 
 
 # ---------------------------------------------------------------- observer -> broker
@@ -329,7 +333,8 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     `last_progress_s` is the age of the newest sign of progress (a group completed, a step done, a
     version applied); `error` is the first cause where the broker ended the run. `drained`: workers that the
     broker has told to leave, and why, until they are back. `training_s`: how long the learner has had the batch that
-    it has, 0 where it has none; `requested`: it waits for one; `learner_silent_s`: since it was heard.
+    it has, 0 where it has none; `requested`: it waits for one; `learner_silent_s`: since it was heard. `disk_full`:
+    why nothing is being acknowledged or handed out.
     """
 
     phase: str
@@ -347,6 +352,7 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     training_s: float = 0.0
     requested: bool = False
     learner_silent_s: float = 0.0
+    disk_full: str = ""
 
 
 # ---------------------------------------------------------------- worker <-> weight server of the learner

@@ -13,7 +13,7 @@ from databus.chronicle import Chronicle
 from databus.codec import Frame
 from databus.config import BrokerConfig
 from databus.evaluation import Evaluations
-from databus.leases import Leases
+from databus.leases import Held, Leases
 from databus.ledger import Ledger
 from databus.messages import Position, VersionPublished
 from databus.outbox import Outbox
@@ -78,6 +78,12 @@ class RunState:
     def accepted(self) -> int:
         """Groups that steps taken have used up, and completed ones; whatever the batch size was before a resumption."""
         return self.step * self.config.batch_groups + self.ledger.completed
+
+    def add_lease(self, group_id: str, cursor: int, worker: str, now: float) -> Held:
+        """A worker holds the group of this cursor. Args: now: on the monotonic clock."""
+        prompt = self.prompts.get(cursor)  # first: a scheduler draws the problem of a new cursor
+        predicted = 0 if self.scheduler is None else self.scheduler.predicted_tokens(cursor)
+        return self.leases.add(group_id, worker, prompt, now, predicted * self.config.group_size)
 
     def held_by_worker(self) -> dict[str, int]:
         """Groups that each worker holds, problems of an evaluation among them."""

@@ -23,12 +23,12 @@ SAMPLED_GROUPS = 2
 
 
 class StepDesk:
-    """Hands batches to the learner and keeps count of steps."""
+    """Hands batches to the learner and keeps count of steps. rows_written: of so many steps."""
 
     def __init__(self, state: RunState, sink: MetricsSink, first_row: int = 0) -> None:
         """Args: first_row: rows of earlier steps were written by a broker before this one."""
         self._state = state
-        self._first_row = first_row
+        self._first_row = self.rows_written = first_row
         self._sink = sink
         self._rows = RowQueue(self._write_row)
         self._has_last_row = False
@@ -38,6 +38,7 @@ class StepDesk:
     def _write_row(self, row: Mapping[str, float]) -> None:
         if row["step"] >= self._first_row:
             self._sink.write(row)
+            self.rows_written = int(row["step"]) + 1
 
     def finished(self) -> bool:
         """All steps are taken, all evaluations done, all rows written.

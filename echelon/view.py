@@ -182,6 +182,7 @@ def _roles(progress: Progress) -> list[tuple[str, str]]:
     return [
         ("versions", f"{learner}, {workers}"),
         ("groups", f"{counts}  [dim]queued {status.queued_groups}, running {status.running_groups}[/]"),
+        *([("disk", f"[red]nothing is acknowledged: {status.disk_full}[/]")] if status.disk_full else []),
     ]
 
 

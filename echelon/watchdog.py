@@ -81,6 +81,8 @@ def diagnose(processes: Sequence[RoleProcess], status: Status | None, status_age
         return ", ".join(f"{each.role} (pid {each.pid}) is stopped (SIGSTOP)" for each in stopped)
     if status is None or status_age_s > SILENT_S:
         return f"the {BROKER} has not answered for {status_age_s:.0f} s"
+    if status.disk_full:
+        return f"the {BROKER} cannot write its journal: {status.disk_full}"
     if status.training_s:  # a cut is progress, so it has had the batch all this time
         return f"the learner has had the batch of step {status.step} for {status.training_s:.0f} s"
     held_up = [line for worker in status.workers if (line := _complaint(worker))]

@@ -142,6 +142,7 @@ def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
         run_dir=str(folder.path),
         max_filtered=config.scheduling.max_filtered,
         history=history_config(config.draft),
+        keep_journal=config.journal.keep,
     )
 
 

@@ -240,9 +240,10 @@ def _digest(batch: Batch, frames: Sequence[Frame]) -> str:
 
 
 def _save(folder: RunFolder, link: Any, step: int, state: str) -> None:
-    from learner.checkpoint_folder import TrainerState, finish_checkpoint, start_checkpoint
+    from learner.checkpoint_folder import TrainerState, finish_checkpoint, oldest_checkpoint, start_checkpoint
 
-    position, _ = link.request(PositionRequest(step=step), Position, _is_of(step), PATIENCE_S, through_stop=True)
+    request = PositionRequest(step=step, oldest_checkpoint=oldest_checkpoint(folder.checkpoints))
+    position, _ = link.request(request, Position, _is_of(step), PATIENCE_S, through_stop=True)
     (start_checkpoint(folder.checkpoints, step) / STATE_FILE).write_text(state)
     config = folder.config()
     record = TrainerState(step=step, model=config.model, world_size=1, position=position)

@@ -2,10 +2,12 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from databus.broker import Broker
 from databus.client import BusClient
@@ -30,6 +32,7 @@ from databus.messages import (
     VersionPublished,
 )
 from databus.prompts import Prompt, PromptSource, SampledGroup
+from databus.transport import Received
 
 
 def broker_config(address: str, **changes: Any) -> BrokerConfig:
@@ -224,3 +227,35 @@ class ScriptedLearner:
     def finish(self) -> None:
         receive(self.client, Stop)
         self.client.close("done")
+
+
+class NoSocket:
+    """In place of the broker's socket: what peers send is put in, what they get is taken out."""
+
+    address = "nowhere"
+
+    def __init__(self, *_: Any) -> None:
+        self.arrived: deque[Received] = deque()
+        self.sent: deque[tuple[str, Struct]] = deque()
+
+    def put(self, peer: str, message: Any, frames: Sequence[Any] = ()) -> None:
+        self.arrived.append(Received(peer, message, list(frames), peer.encode()))
+
+    def receive(self, timeout_s: float) -> Received | None:
+        return self.arrived.popleft() if self.arrived else None
+
+    def send(self, peer: str, message: Struct, frames: Sequence[Any] = ()) -> bool:
+        self.sent.append((peer, message))
+        return True
+
+    def answer(self, route: bytes, message: Struct) -> bool:
+        return True
+
+    def has_seat(self, peer: str) -> bool:
+        return True
+
+    def seat(self, peer: str, route: bytes) -> None: ...
+
+    def forget(self, peer: str) -> None: ...
+
+    def close(self) -> None: ...

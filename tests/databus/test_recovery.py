@@ -2,8 +2,6 @@
 
 import random
 import tempfile
-from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Struct
-from scripted import Prompts, Sink, broker_config, make_group
+from scripted import NoSocket, Prompts, Sink, broker_config, make_group
 
 import databus.broker
 from databus.broker import Broker
@@ -27,6 +25,7 @@ from databus.messages import (
     Goodbye,
     Hello,
     Lease,
+    PositionRequest,
     Released,
     StepDone,
     VersionAnnounced,
@@ -34,41 +33,8 @@ from databus.messages import (
     VersionPublished,
 )
 from databus.run_state import RunState
-from databus.transport import Received
 
 STEPS = 6
-
-
-class NoSocket:
-    """In place of the broker's socket: what peers send is put in, what they get is taken out."""
-
-    address = "nowhere"
-
-    def __init__(self, *_: Any) -> None:
-        self.arrived: deque[Received] = deque()
-        self.sent: deque[tuple[str, Struct]] = deque()
-
-    def put(self, peer: str, message: Any, frames: Sequence[Any] = ()) -> None:
-        self.arrived.append(Received(peer, message, list(frames), peer.encode()))
-
-    def receive(self, timeout_s: float) -> Received | None:
-        return self.arrived.popleft() if self.arrived else None
-
-    def send(self, peer: str, message: Struct, frames: Sequence[Any] = ()) -> bool:
-        self.sent.append((peer, message))
-        return True
-
-    def answer(self, route: bytes, message: Struct) -> bool:
-        return True
-
-    def has_seat(self, peer: str) -> bool:
-        return True
-
-    def seat(self, peer: str, route: bytes) -> None: ...
-
-    def forget(self, peer: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def digest(state: RunState) -> dict[str, Any]:
@@ -123,6 +89,8 @@ class Theatre:
                 self._versions[peer] = version
                 self.socket.put(peer, VersionApplied(version=version))
             case Batch(step=step):
+                if step % 2 == 0 and step:
+                    self.socket.put("learner", PositionRequest(step=step, oldest_checkpoint=step - 2))
                 self.socket.put("learner", VersionPublished(version=step + 1, address="", num_bytes=0))
                 self.socket.put("learner", StepDone(step=step, metrics={"loss/policy": 1.0}))
                 if step + 1 < STEPS:
