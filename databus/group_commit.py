@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from databus.codec import Frame
 from databus.crash import crash_point
@@ -68,6 +68,7 @@ class GroupCommit:
             self._outbox.flush()
 
     def _end(self, written: "Future[None]") -> None:
+        """What was being written is durable, once it is. Waits for it."""
         assert self._journal is not None
         self._writing = None
         try:
@@ -90,7 +91,6 @@ class GroupCommit:
         Returns: their places; None without a journal, or while the disk is full. Raises: OSError where the disk fails.
         """
         if self._writing is not None:
-            wait((self._writing,))
             self._end(self._writing)
         if self._journal is None or self.disk_full:
             return None

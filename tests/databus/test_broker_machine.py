@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ from scripted import NoSocket, Prompts, Sink, broker_config, make_group
 from test_recovery import digest
 
 import databus.broker
+import databus.group_commit
 from databus.broker import Broker
 from databus.codec import encode_columns
-from databus.config import HistoryConfig
+from databus.config import BusConfig, HistoryConfig
 from databus.journal import Journal, read_journal, recover, segments
 from databus.messages import (
     Ack,
@@ -44,6 +46,37 @@ BATCH_GROUPS = 2
 KEPT_CHECKPOINTS = 2
 
 
+class SlowDisk:
+    """In place of the journal's thread: it writes when a rule says so, or somebody waits for it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.writing: Writing | None = None
+
+    def submit(self, write: Callable[[], None]) -> "Writing":
+        self.writing = Writing(write)
+        return self.writing
+
+    def finish(self) -> None:
+        if self.writing is not None:
+            self.writing.result()
+
+    def shutdown(self) -> None:
+        self.finish()
+
+
+class Writing:
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._write: Callable[[], None] | None = write
+
+    def done(self) -> bool:
+        return self._write is None
+
+    def result(self) -> None:
+        if self._write is not None:
+            self._write()
+            self._write = None
+
+
 class BrokerThatCrashes(RuleBasedStateMachine):
     """What was said to a peer must hold ever after; what was not said may be forgotten.
 
@@ -55,6 +88,7 @@ class BrokerThatCrashes(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(databus.broker, "BrokerSocket", NoSocket)
         self.patch.setattr(databus.broker, "TICK_S", 0.0)
+        self.patch.setattr(databus.group_commit, "ThreadPoolExecutor", SlowDisk)
         self.folder = Path(tempfile.mkdtemp())
         self.config = broker_config(
             "",
@@ -63,6 +97,7 @@ class BrokerThatCrashes(RuleBasedStateMachine):
             stale_policy=policy,
             max_staleness=max_staleness,
             max_reward_failures=10**6,
+            bus=BusConfig(heartbeat_s=1e5, peer_timeout_s=1e6, lease_s=1e6),
             history=HistoryConfig(tokens=32, window_versions=4, total_tokens=64),
         )
         self.held: dict[str, tuple[str, Lease]] = {}
@@ -90,13 +125,16 @@ class BrokerThatCrashes(RuleBasedStateMachine):
         journal, past = Journal(self.folder, segment), list(read_journal(self.folder))
         self.broker = Broker(self.config, Prompts(), [], self.sink, journal=journal, past=past, first_row=first_row)
         self.socket: NoSocket = self.broker._socket  # type: ignore[assignment]
+        self.disk: SlowDisk = self.broker._commit._thread  # type: ignore[assignment]
         self._learner_joins()
         for worker in WORKERS:
             self._worker_joins(worker)
 
-    @rule()
-    def turn(self) -> None:
-        """One turn, with whatever of the journal happens to be durable by then."""
+    @rule(is_written=st.booleans())
+    def turn(self, is_written: bool) -> None:
+        """One turn, before or after the disk has done what it was asked to."""
+        if is_written:
+            self.disk.finish()
         self.broker._turn()
         self._hear()
 
@@ -104,19 +142,21 @@ class BrokerThatCrashes(RuleBasedStateMachine):
     def settle(self) -> None:
         """Until all is said."""
         for _ in range(3):
-            self.turn()
-            while self.broker._commit.is_busy:
-                self.broker._commit.turn()
-            self._hear()
+            self.turn(is_written=True)
+
+    @rule(is_written=st.booleans())
+    def broker_dies(self, is_written: bool) -> None:
+        """What it had in mind is lost, and what it had begun to write is there or not."""
+        if is_written:
+            self.disk.finish()
+        assert self.broker._commit._journal is not None
+        os.close(self.broker._commit._journal._file)
+        self._start_broker()
 
     @rule()
-    def broker_dies(self) -> None:
-        """What it had in mind is lost, and what it had begun to write is there or not."""
-        commit = self.broker._commit
-        commit._thread.shutdown()
-        assert commit._journal is not None
-        os.close(commit._journal._file)
-        self._start_broker()
+    def leases_expire(self) -> None:
+        """Late results are still welcome."""
+        self.broker._leases.tick(time.monotonic() + 1e7)
 
     @rule()
     def state_is_the_journal_folded(self) -> None:
@@ -251,8 +291,10 @@ class BrokerThatCrashes(RuleBasedStateMachine):
         self.held[lease.group_id] = worker, lease
 
     def _hear_ack(self, _: str, ack: Ack) -> None:
+        """Failures are acknowledged as well."""
         if ack.accepted:
             assert ack.group_id not in self.acknowledged, "a group was accepted twice"
+        if ack.accepted and ack.group_id in self.unacknowledged:
             self.acknowledged.add(ack.group_id)
         self.unacknowledged.pop(ack.group_id, None)
 
