@@ -271,6 +271,8 @@ class BrokerThatCrashes(RuleBasedStateMachine):
         self.socket.put("learner", VersionPublished(version=self.step, address="", num_bytes=0))
         self.has_batch = False
         self.ask()
+        self.settle()
+        assert self.has_batch or self.step == self.broker._state.step, "its batch is not there any more"
 
     # ------------------------------------------------------------ what they are told
 
