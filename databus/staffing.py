@@ -22,6 +22,7 @@ class Staffing:
 
     def joined(self, worker: Peer) -> None:
         self.drained.pop(worker.name, None)
+        self._post_spares()  # at once: whoever stood in for it is not to get another lease
 
     def leaving(self, worker: Peer, message: Leaving) -> None:
         logger.info("%s is leaving: %s", worker.name, message.reason)
@@ -29,6 +30,9 @@ class Staffing:
 
     def tick(self, now: float) -> None:
         self._drain_slow(now)
+        self._post_spares()
+
+    def _post_spares(self) -> None:
         workers = self._state.peers.workers()
         self._wanted = max(self._wanted, num_regular(workers))
         for worker, on_duty in zip(workers, spares_on_duty(workers, self._wanted), strict=True):
