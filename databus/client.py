@@ -7,6 +7,7 @@ The thread does all socket work; `send` and `recv` go through queues.
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -269,7 +270,8 @@ class _Beat:
             self._next = now + (HELLO_AGAIN_S if self.welcome is None else self.welcome.heartbeat_s)
 
     def wait_ms(self) -> int:
-        return max(1, int((self._next - time.monotonic()) * 1000))
+        until = self._next if self._give_up is None else min(self._next, self._give_up)
+        return max(1, math.ceil((until - time.monotonic()) * 1000))
 
 
 def _drain(wake: zmq.Socket) -> None:
