@@ -167,13 +167,12 @@ def run_worker(run_dir: str, name: str) -> int:
     import rollout.run
     import rollout.worker
     from echelon.roles import worker as role
-    from rollout.worker import Worker
 
     rollout.run.make_engine = lambda *_, **__: InstantEngine()  # type: ignore[assignment]
     rollout.run.RewardPool = LengthScorer  # type: ignore[misc, assignment]
     rollout.run.load_detokenizer = lambda _: lambda ids: ""
     rollout.worker.RESEND_S = RESEND_S
-    Worker.__init__.__kwdefaults__["pull"] = pull_nothing
+    role.pull_through = lambda bus: pull_nothing
     sys.argv = ["worker", run_dir, "--name", name]
     return role.main()
 
@@ -221,7 +220,7 @@ def _train(folder: RunFolder, link: Any, start_step: int, state: str) -> None:
             file.write(f"{step} {digest} {state}\n")
         time.sleep(STEP_S)
         link.send(VersionPublished(version=step + 1, address="tcp://127.0.0.1:1", num_bytes=0))
-        link.send(StepDone(step=step, metrics={"loss/policy": float(step), "learner/num_tokens": 1.0}))
+        link.send(StepDone(step=step, metrics={"loss/policy": float(step)}))
         every = config.learner.checkpoint_every
         if step + 1 == config.learner.steps or (every and (step + 1) % every == 0):
             _save(folder, link, step + 1, state)
