@@ -85,7 +85,7 @@ class JournalRecords:
         journal = Journal(folder)
         for index, (record, frames) in enumerate(self.records):
             if isinstance(record, StateSaved) and index:
-                journal.roll(record)
+                journal.roll([(record, ())])
             else:
                 journal.append(record, frames)
         journal.close()
