@@ -89,6 +89,7 @@ class BrokerSocket:
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._decoder = msgspec.msgpack.Decoder(ToBroker)
         self._routes: dict[str, bytes] = {}
+        self.address = ""
         self._socket.setsockopt(zmq.IPV6, is_ipv6(address))
         try:
             _refuse_taken_ipc(address)
@@ -155,6 +156,8 @@ class BrokerSocket:
 
     def close(self) -> None:
         self._socket.close()
+        if self.address.startswith("ipc://"):  # zmq leaves it
+            Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
         if self._doorkeeper is not None:
             self._doorkeeper.close()
         self._context.term()
