@@ -27,11 +27,16 @@ from rollout.config import DraftConfig
 from rollout.drafting.drafter import Drafter
 from rollout.drafting.index import SuffixIndex, Text
 from rollout.drafting.latency import LatencyModel
+from rollout.drafting.proposer import flatten
 
 REPEATS = 5
 VOCABULARY = 2000
 BATCH = 256
 MAX_DRAFTS = 16
+
+Step = Callable[[list[list[int]]], None]
+"""A round, given what every request has just sampled, as vLLM's runner gives it to a proposer."""
+
 FIRST_STEPS = 10
 
 
@@ -149,16 +154,16 @@ def measure_step(rollouts: list[list[Array]], steps: int = 200) -> dict[str, flo
     for name, begin in (("ours", ours), ("vllm", theirs)):
         step = begin(texts)
         for number in range(steps):
-            new = [text[number : number + 1 + (number + row) % 3] for row, text in enumerate(texts)]
+            sampled = [text[number : number + 1 + (number + row) % 3].tolist() for row, text in enumerate(texts)]
             started = time.perf_counter()
-            step(new)
+            step(sampled)
             if number >= FIRST_STEPS:
                 totals[name].append((time.perf_counter() - started) / len(texts) * 1e6)
     return {f"{name}_us": statistics.median(values) for name, values in totals.items()}
 
 
-def _our_step(past: list[list[Array]], problems: list[int]) -> Callable[[list[Array]], Callable[[list[Array]], Any]]:
-    def begin(texts: list[Array]) -> Callable[[list[Array]], Any]:
+def _our_step(past: list[list[Array]], problems: list[int]) -> Callable[[list[Array]], Step]:
+    def begin(texts: list[Array]) -> Step:
         config = DraftConfig(policy="marginal", max_tokens=MAX_DRAFTS, window_versions=1000)
         drafter = Drafter(config, max_sequences=BATCH, vocab_size=VOCABULARY, context_tokens=4096)
         slots = [
@@ -173,20 +178,19 @@ def _our_step(past: list[list[Array]], problems: list[int]) -> Callable[[list[Ar
         ]
         rows = np.array(slots, np.int32)
 
-        def step(new: list[Array]) -> None:
-            counts = np.array([len(tokens) for tokens in new], np.int32)
-            drafter.propose(rows, np.concatenate(new), counts, decode_only=True, num_scheduled_tokens=len(rows))
+        def step(sampled: list[list[int]]) -> None:
+            drafter.propose(rows, *flatten(sampled), decode_only=True, num_scheduled_tokens=len(rows))
 
         return step
 
     return begin
 
 
-def _their_step(past: list[list[Array]]) -> Callable[[list[Array]], Callable[[list[Array]], Any]]:
+def _their_step(past: list[list[Array]]) -> Callable[[list[Array]], Step]:
     """vLLM 0.32.0's own loop, with just what it looks at: its configuration and the batch."""
     from vllm.v1.spec_decode.suffix_decoding import SuffixDecodingProposer
 
-    def begin(texts: list[Array]) -> Callable[[list[Array]], Any]:
+    def begin(texts: list[Array]) -> Step:
         speculative = SimpleNamespace(
             num_speculative_tokens=MAX_DRAFTS,
             suffix_decoding_max_tree_depth=24,
@@ -212,12 +216,12 @@ def _their_step(past: list[list[Array]]) -> Callable[[list[Array]], Callable[[li
             token_ids_cpu=np.zeros((len(names), 4096), np.int32),
         )
 
-        def step(new: list[Array]) -> None:
-            for row, tokens in enumerate(new):
+        def step(sampled: list[list[int]]) -> None:
+            for row, tokens in enumerate(sampled):
                 at = batch.num_tokens_no_spec[row]
                 batch.token_ids_cpu[row, at : at + len(tokens)] = tokens
                 batch.num_tokens_no_spec[row] += len(tokens)
-            proposer.propose(MAX_DRAFTS, batch, [tokens.tolist() for tokens in new])
+            proposer.propose(MAX_DRAFTS, batch, sampled)
 
         return step
 

@@ -13,7 +13,7 @@ from rollout.drafting.automaton import (
     shorten,
     write,
 )
-from rollout.drafting.calibration import cell_of, chance, learn
+from rollout.drafting.calibration import cell_of, chance, forget, learn
 from rollout.drafting.compiled import compiled
 from rollout.drafting.counters import LAGS, SOURCES
 from rollout.drafting.running import SIBLING_BITS
@@ -176,6 +176,20 @@ def draft(arena, running, slots, counts, table, version, max_drafts):
                 num = shared
                 _copy_drafts(running, spare, slot, num)
         running.num_drafts[slot] = num
+
+
+@compiled
+def play(arena, running, slots, tokens, counts, table, counters, version, max_drafts):
+    """`take`, then `draft` unless `max_drafts` is 0: in one call, as handing over the arrays costs as much as ten rows.
+
+    Returns: as `take`.
+    """
+    if not take(arena, running, slots, tokens, counts, table, counters, version):
+        return False
+    if max_drafts > 0:
+        draft(arena, running, slots, counts, table, version, max_drafts)
+        forget(table)
+    return True
 
 
 @compiled
