@@ -36,6 +36,8 @@ class Recorder:
         self.steps.append((list(trained), set(still_open)))
         return {"difficulty/steps": len(self.steps)}
 
+    def load(self, saved: bytes) -> None: ...
+
     def save(self) -> bytes:
         return b"state"
 
