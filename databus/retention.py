@@ -22,7 +22,7 @@ class Retention:
     def save(self, step: int) -> None:
         """Begin a segment with the state after `step` steps, unless the run is past that or the disk is full."""
         state = self._state
-        if self._keep or state.step != step or state.batch is not None:
+        if state.step != step or state.batch is not None:
             return
         places = self._commit.roll(saved_records(state, self._history))
         if places is None:
