@@ -124,7 +124,7 @@ class Theatre:
         self.socket.put(worker, message, [bytes(frame) for frame in frames])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(["drop", "mask", "requeue"]), st.integers(0, 2))
 def test_state_is_the_journal_folded(seed: int, policy: StalePolicy, max_staleness: int) -> None:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
