@@ -140,8 +140,10 @@ class Supervisor:
 
     def _has_ended(self) -> bool:
         """The learner ends well only when the broker tells it to, which then has nothing left to do."""
-        broker, learner = (self._roster.children[role].exit_code() for role in (BROKER, LEARNER))
-        return learner == 0 and broker is not None
+        children = self._roster.children
+        if BROKER not in children or LEARNER not in children:
+            return False
+        return children[LEARNER].exit_code() == 0 and children[BROKER].exit_code() is not None
 
     def _note_ready(self) -> None:
         """Who has said hello to the broker, and which phase follows from it."""
