@@ -14,7 +14,7 @@ from scripted import NoSocket, Prompts, Sink, broker_config, make_group
 import databus.broker
 from databus.broker import Broker
 from databus.codec import encode_columns
-from databus.config import BrokerConfig, StalePolicy
+from databus.config import BrokerConfig, BusConfig, StalePolicy
 from databus.journal import Journal, JournalDamaged, read_journal
 from databus.messages import (
     Batch,
@@ -131,8 +131,9 @@ def test_state_is_the_journal_folded(seed: int, policy: StalePolicy, max_stalene
         patch.setattr(databus.broker, "BrokerSocket", NoSocket)
         patch.setattr(databus.broker, "TICK_S", 0.0)
         folder = Path(name)
+        patient = BusConfig(heartbeat_s=1e5, peer_timeout_s=1e6, lease_s=1e6)  # nobody is lost to a slow machine
         config = broker_config(
-            "", steps=STEPS, stale_policy=policy, max_staleness=max_staleness, max_reward_failures=99
+            "", steps=STEPS, stale_policy=policy, max_staleness=max_staleness, max_reward_failures=99, bus=patient
         )
         theatre = Theatre(config, Journal(folder), random.Random(seed))
         for _ in range(60):
