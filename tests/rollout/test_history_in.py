@@ -85,7 +85,7 @@ def test_a_worker_that_has_just_joined_gets_what_an_old_one_would(address: str, 
     asyncio.run(work(old, address, "old", groups=7))
     asyncio.run(work(new, address, "new", groups=3))
     learner.client.close("done")
-    running.join()
+    running.stop()
     assert [request.problem for request in old.requests[:3]] == [problem_key(prompt) for prompt in PROMPTS]
     for request in new.requests[:3]:
         answered = [
