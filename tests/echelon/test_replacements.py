@@ -81,6 +81,7 @@ def test_spare_takes_the_place_of_a_worker_that_was_killed(write_recipe, start_r
 
 
 @pytest.mark.slow
+@pytest.mark.chaos_long
 @pytest.mark.timeout(600)
 def test_slow_worker_is_sent_away_and_replaced(write_recipe, start_run, tmp_path: Path) -> None:
     (tmp_path / "path").mkdir()

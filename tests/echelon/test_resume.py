@@ -74,7 +74,10 @@ def started(recipe: Path, start_run, tmp_path: Path) -> Callable:
     return start
 
 
-@pytest.mark.parametrize("steps", [2, 6], ids=["before the first checkpoint", "after it"])
+@pytest.mark.parametrize(
+    "steps",
+    [pytest.param(2, id="before the first checkpoint", marks=pytest.mark.chaos_long), pytest.param(6, id="after it")],
+)
 def test_everything_is_killed_and_resumed(undisturbed: Outcome, started, recipe: Path, start_run, steps: int) -> None:
     run = started(steps)
     run.kill_all()
@@ -85,7 +88,7 @@ def test_everything_is_killed_and_resumed(undisturbed: Outcome, started, recipe:
     assert resumed.rows()[: len(rows)] == rows, "what was written stays as it was"
 
 
-@pytest.mark.parametrize("role", ["broker", "learner", "worker"])
+@pytest.mark.parametrize("role", ["broker", "learner", pytest.param("worker", marks=pytest.mark.chaos_long)])
 def test_one_role_is_killed(undisturbed: Outcome, started, role: str) -> None:
     run = started(6)
     os.kill(run.role(f"echelon.roles.{role}").pid, signal.SIGKILL)
