@@ -5,6 +5,7 @@ All begin with the arrays of each completion that an engine gives, and end with 
 
 import multiprocessing
 import pickle
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -142,13 +143,18 @@ def _group(completions: list[Completion]) -> Group:
 
 
 def measure_codec(name: str, group_size: int, tokens: int, num_groups: int) -> float:
-    """Completions a second from one process to another over tcp loopback, encoding and decoding included."""
+    """Completions a second from one process to another, encoding and decoding included.
+
+    On a socket in a folder that nobody else may enter: what arrives is unpickled.
+    """
+    folder = tempfile.TemporaryDirectory()
+    address = f"ipc://{folder.name}/codecs"
     context = zmq.Context()
     socket = make_socket(context, zmq.ROUTER, MAX_MESSAGE_BYTES)
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    socket.bind(address)
     sender = multiprocessing.get_context("spawn").Process(
         target=_send,
-        args=(f"tcp://127.0.0.1:{port}", name, group_size, tokens, WARM_UP_GROUPS + num_groups),
+        args=(address, name, group_size, tokens, WARM_UP_GROUPS + num_groups),
         daemon=True,
     )
     sender.start()
@@ -160,6 +166,7 @@ def measure_codec(name: str, group_size: int, tokens: int, num_groups: int) -> f
         sender.join(PATIENCE_MS / 1000)
         socket.close(linger=0)
         context.term()
+        folder.cleanup()
 
 
 def _send(address: str, name: str, group_size: int, tokens: int, num_groups: int) -> None:

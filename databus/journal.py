@@ -26,7 +26,7 @@ import xxhash
 
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
 from databus.crash import crash_point
-from databus.records import Record
+from databus.records import Record, StateSaved
 
 MAGIC = b"echelon journal1"
 HEAD = struct.Struct("<IIQQ")
@@ -259,18 +259,26 @@ def recover(folder: Path) -> int:
     return numbers[-1]
 
 
-def read_journal(folder: Path, first_segment: int = 0) -> Iterator[JournalEntry]:
+def read_journal(folder: Path) -> Iterator[JournalEntry]:
     """All records in their order, a segment in memory at a time; what a crash tore off the end is passed over.
 
+    Where earlier segments are gone, it begins with the first that begins with a state: a crash may have come while they
+    were being deleted.
     Raises: JournalDamaged where a record cannot be read that had been durable, or a segment is missing.
     """
-    numbers = [number for number in segments(folder) if number >= first_segment]
+    numbers = segments(folder)
+    has_begun = numbers[:1] == [0]
     for position, number in enumerate(numbers):
         if number != numbers[0] + position:
             raise JournalDamaged(f"{segment_path(folder, number - 1)}: the segment is missing")
         path = segment_path(folder, number)
         for _, entry in _entries(path, number, _read(path), is_last=number == numbers[-1]):
+            has_begun |= isinstance(entry.record, StateSaved)
+            if not has_begun:
+                break
             yield entry
+    if numbers and not has_begun:
+        raise JournalDamaged(f"{folder}: earlier segments are gone, and none of those left begins with a state")
 
 
 def read_record(folder: Path, place: Place) -> JournalEntry:

@@ -5,6 +5,7 @@ import time
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -182,7 +183,7 @@ def _roles(progress: Progress) -> list[tuple[str, str]]:
     return [
         ("versions", f"{learner}, {workers}"),
         ("groups", f"{counts}  [dim]queued {status.queued_groups}, running {status.running_groups}[/]"),
-        *([("disk", f"[red]nothing is acknowledged: {status.disk_full}[/]")] if status.disk_full else []),
+        *([("disk", f"[red]nothing is acknowledged: {escape(status.disk_full)}[/]")] if status.disk_full else []),
     ]
 
 

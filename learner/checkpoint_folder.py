@@ -62,7 +62,7 @@ def latest_checkpoint(checkpoints_dir: Path) -> Path | None:
 
 def oldest_checkpoint(checkpoints_dir: Path) -> int:
     """Steps taken at the oldest checkpoint; 0 where there is none: then one can only go on from the beginning."""
-    return next((read_trainer_state(path).step for path in list_checkpoints(checkpoints_dir)), 0)
+    return next((int(path.name.partition("-")[2]) for path in list_checkpoints(checkpoints_dir)), 0)
 
 
 def read_trainer_state(checkpoint: Path) -> TrainerState:

@@ -105,6 +105,7 @@ def test_broker_crashes_at_every_point_of_its_journal(seed: int) -> None:
         wait_for(scene, lambda: scene.roles["broker"].starts > 3 * len(CRASH_POINTS), within_s=120.0)
         scene.finish(END_S)
         check(scene, steps)
+        assert scene.injected["crash point or kill of broker"] >= 3 * len(CRASH_POINTS)
 
 
 def test_messages_are_lost_doubled_delayed_and_reordered(seed: int) -> None:
@@ -143,8 +144,8 @@ def test_disk_fills_up_and_clock_jumps(seed: int) -> None:
         check(scene, steps)
 
 
-def everything(seed: int, steps: int, num_faults: int, end_s: float) -> None:
-    """All faults at once, until there have been so many."""
+def everything(seed: int, steps: int, num_faults: int, end_s: float) -> int:
+    """All faults at once, until there have been so many. Returns: how many there were."""
     with stage(chaos_config(steps), seed, workers=3) as scene:
         listen = f"ipc://{scene.folder.path}/proxy.sock"
         scene.peer_address = listen
@@ -163,19 +164,20 @@ def everything(seed: int, steps: int, num_faults: int, end_s: float) -> None:
             scene.finish(end_s)
             check(scene, steps)
             print(f"{_num_faults(scene, proxy)} faults: {dict(scene.injected)} {dict(proxy.counts)}")  # noqa: T201
+            return _num_faults(scene, proxy)
         finally:
             proxy.close()
 
 
 def test_everything_at_once(seed: int) -> None:
-    everything(seed, steps=60, num_faults=100, end_s=END_S)
+    assert everything(seed, steps=60, num_faults=100, end_s=END_S) >= 100
 
 
 @pytest.mark.chaos_long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("run", range(3))
 def test_a_thousand_faults(seed: int, run: int) -> None:
-    everything(seed + run, steps=500, num_faults=1000, end_s=300.0)
+    assert everything(seed + run, steps=500, num_faults=1000, end_s=300.0) >= 1000
 
 
 def _num_faults(scene: Stage, proxy: Proxy) -> int:

@@ -100,7 +100,7 @@ class BrokerThatCrashes(RuleBasedStateMachine):
             max_staleness=max_staleness,
             max_reward_failures=10**6,
             bus=BusConfig(heartbeat_s=1e5, peer_timeout_s=1e6, lease_s=1e6),
-            history=HistoryConfig(tokens=32, window_versions=4, total_tokens=64),
+            history=HistoryConfig(tokens=10**6, window_versions=10**6, total_tokens=10**6),
         )
         self.held: dict[str, tuple[str, Lease]] = {}
         self.unacknowledged: dict[str, tuple[str, Completed, list[bytes]]] = {}
@@ -166,6 +166,7 @@ class BrokerThatCrashes(RuleBasedStateMachine):
         folded = Broker(self.config, Prompts(), [], Sink(), past=list(read_journal(self.folder)))
         assert digest(folded._state) == digest(self.broker._state)
         assert folded._state.trained == self.broker._state.trained
+        assert past_completions(folded) == past_completions(self.broker)
         folded._commit.close()
 
     # ------------------------------------------------------------ workers
@@ -337,6 +338,12 @@ class BrokerThatCrashes(RuleBasedStateMachine):
     def no_segment_is_missing(self) -> None:
         numbers = segments(self.folder)
         assert numbers == list(range(numbers[0], numbers[-1] + 1))
+
+
+def past_completions(broker: Broker) -> dict[int, list[int]]:
+    """Identities of what is sent along with leases, by problem."""
+    assert broker._leases.history is not None
+    return {key: [each.identity for each in completions] for key, completions in broker._leases.history.items()}
 
 
 BrokerThatCrashes.TestCase.settings = settings(

@@ -25,7 +25,7 @@ from databus.journal import (
     segment_path,
     segments,
 )
-from databus.records import BrokerEnded, GroupCompleted, GroupLeased, Record
+from databus.records import BrokerEnded, GroupCompleted, GroupLeased, Record, StateSaved
 
 commits = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=4), min_size=1, max_size=5)
 """Groups of records that are committed together; a record is the length of its column."""
@@ -132,17 +132,20 @@ def test_a_torn_tail_of_an_earlier_segment_is_damage(tmp_path: Path) -> None:
         records(tmp_path)
 
 
+def saved(step: int) -> StateSaved:
+    return StateSaved(step=step, next_cursor=0, num_leases=0, pending=(), counts={}, groups=(), num_copies=0)
+
+
 def test_roll_begins_with_its_head_and_old_segments_can_go(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for number in range(3):
         append(journal, number, 0)
-        journal.roll([(BrokerEnded(ok=True, reason=str(number)), ()), (leased(10 + number), ())])
+        journal.roll([(saved(number), ()), (leased(10 + number), ())])
     assert segments(tmp_path) == [0, 1, 2, 3]
     journal.drop_before(2)
     journal.close()
     assert segments(tmp_path) == [2, 3]
-    head, last = BrokerEnded(ok=True, reason="1"), BrokerEnded(ok=True, reason="2")
-    assert records(tmp_path) == [head, leased(11), leased(2), last, leased(12)]
+    assert records(tmp_path) == [saved(1), leased(11), leased(2), saved(2), leased(12)]
     segment_path(tmp_path, 2).rename(tmp_path / "000001.log")
     with pytest.raises(JournalDamaged, match=r"000002\.log: the segment is missing"):
         records(tmp_path)
@@ -155,6 +158,23 @@ def test_a_segment_that_a_crash_left_unfinished_is_not_there(tmp_path: Path, wro
     assert records(tmp_path) == [leased(0)]
     assert recover(tmp_path) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["000000.log"]
+
+
+def test_a_crash_while_old_segments_are_deleted(tmp_path: Path) -> None:
+    """One that was begun for its size alone is of no use without those before it."""
+    journal = Journal(tmp_path)
+    append(journal, 0, 0)
+    journal.roll()
+    append(journal, 1, 0)
+    journal.roll([(saved(1), ())])
+    append(journal, 2, 0)
+    journal.close()
+    assert records(tmp_path) == [leased(0), leased(1), saved(1), leased(2)]
+    segment_path(tmp_path, 0).unlink()
+    assert records(tmp_path) == [saved(1), leased(2)]
+    segment_path(tmp_path, 2).unlink()
+    with pytest.raises(JournalDamaged, match="none of those left begins with a state"):
+        records(tmp_path)
 
 
 def test_a_record_is_not_read_at_another_place(tmp_path: Path) -> None:

@@ -119,3 +119,4 @@ def test_stop_is_said_again(address: str, monkeypatch: pytest.MonkeyPatch) -> No
     learner.client.close("done")
     worker.join()
     running.join()
+    assert running.failure is None
