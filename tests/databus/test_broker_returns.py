@@ -154,3 +154,4 @@ def test_a_learner_that_comes_back_with_the_last_version_has_nothing_left_to_do(
     brokers.replace()
     ScriptedLearner(address, start_step=2).finish()
     worker.join()
+    assert brokers.process.wait(10) == 0

@@ -73,6 +73,10 @@ def status(*workers: WorkerStatus, **changes: Any) -> Status:
         (status(worker("w"), training_s=61.0), "the learner has had the batch of step 5 for 61 s"),
         (status(), "no worker is left"),
         (
+            status(worker("w", silent_s=12.0), disk_full="[Errno 28] No space left on device: '000001.log'"),
+            "the broker cannot write its journal: [Errno 28] No space left on device: '000001.log'",
+        ),
+        (
             status(worker("w"), requested=True),
             "no worker holds a group, 2 are queued, the learner waits for a batch",
         ),
