@@ -32,7 +32,7 @@ from common import Bar, hardware, write_result
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PROBLEMS, SAMPLES, EPOCHS, TAIL_ROUNDS = 64, 4, 4, 6
+PROBLEMS, SAMPLES, EPOCHS, TAIL_ROUNDS = 64, 4, 4, 12
 TAIL_PROBLEMS = 4
 SETTLE_S = 1.5
 """vLLM 0.32.0 waits for new work without sleeping, but for a second only. (Stopping it by a signal instead makes it

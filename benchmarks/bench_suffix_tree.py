@@ -10,38 +10,34 @@ of a real run that was made with `draft.record=true`. Everything is measured in 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from arctic_inference.suffix_decoding import SuffixDecodingCache  # pyright: ignore[reportMissingImports]
 from arctic_inference.suffix_decoding._C import SuffixTree  # pyright: ignore[reportMissingImports]
 from common import Bar, hardware, write_result
 
 from databus.codec import Array
-from echelon.rollout_record import read_rollouts
+from echelon.draft_replay import ArcticSpeculator, EchelonSpeculator, GroupReplayer, Speculator, Tally
+from echelon.rollout_record import RolloutRecord, read_rollouts
 from echelon.run_folder import RunFolder
 from rollout.config import DraftConfig
 from rollout.drafting.drafter import Drafter
 from rollout.drafting.index import SuffixIndex, Text
 from rollout.drafting.latency import LatencyModel
+from rollout.drafting.proposer import flatten
 
 REPEATS = 5
 VOCABULARY = 2000
 BATCH = 256
 MAX_DRAFTS = 16
+
+Step = Callable[[list[list[int]]], None]
+"""A round, given what every request has just sampled, as vLLM's runner gives it to a proposer."""
+
 FIRST_STEPS = 10
-
-
-class RolloutGroup(NamedTuple):
-    """One group of completions that were sampled together. texts: int32 [t] each."""
-
-    problem: int
-    version: int
-    prompt: Array
-    texts: list[Array]
 
 
 # ---------------------------------------------------------------- rollouts
@@ -68,28 +64,31 @@ def _one_rollout(rng: np.random.Generator, ways: Array) -> Array:
     return np.array(text[: ways.shape[1]], np.int32)
 
 
-def as_groups(rollouts: list[list[Array]], group_size: int) -> list[RolloutGroup]:
+def as_records(rollouts: list[list[Array]], group_size: int) -> list[RolloutRecord]:
     """Epoch after epoch, each problem's next `group_size` rollouts; the policy version counts epochs."""
     return [
-        RolloutGroup(
-            problem=problem + 1,
-            version=epoch,
-            prompt=np.array([problem], np.int32),
-            texts=texts[epoch * group_size : (epoch + 1) * group_size],
-        )
+        _as_record(problem, epoch, texts[epoch * group_size : (epoch + 1) * group_size])
         for epoch in range(len(rollouts[0]) // group_size)
         for problem, texts in enumerate(rollouts)
     ]
 
 
-def recorded_groups(run_dir: Path) -> list[RolloutGroup]:
-    """A real run's groups, in the order in which they were completed."""
-    return [
-        RolloutGroup(
-            each.problem, each.newest_version(), each.prompt().copy(), [text.copy() for text in each.completions()]
-        )
-        for each in read_rollouts(RunFolder(run_dir).rollouts_file)
-    ]
+def _as_record(problem: int, epoch: int, texts: list[Array]) -> RolloutRecord:
+    def packed(*numbers: int) -> bytes:
+        return np.array(numbers, "<i4").tobytes()
+
+    tokens = np.concatenate(texts)
+    return RolloutRecord(
+        problem=problem + 1,
+        cursor=problem,
+        epoch=epoch,
+        group_id=f"{epoch}/{problem}",
+        prompt_ids=packed(problem),
+        lengths=packed(*map(len, texts)),
+        token_ids=tokens.astype("<i4").tobytes(),
+        version_values=packed(epoch),
+        version_lengths=packed(len(tokens)),
+    )
 
 
 # ---------------------------------------------------------------- building
@@ -155,16 +154,16 @@ def measure_step(rollouts: list[list[Array]], steps: int = 200) -> dict[str, flo
     for name, begin in (("ours", ours), ("vllm", theirs)):
         step = begin(texts)
         for number in range(steps):
-            new = [text[number : number + 1 + (number + row) % 3] for row, text in enumerate(texts)]
+            sampled = [text[number : number + 1 + (number + row) % 3].tolist() for row, text in enumerate(texts)]
             started = time.perf_counter()
-            step(new)
+            step(sampled)
             if number >= FIRST_STEPS:
                 totals[name].append((time.perf_counter() - started) / len(texts) * 1e6)
     return {f"{name}_us": statistics.median(values) for name, values in totals.items()}
 
 
-def _our_step(past: list[list[Array]], problems: list[int]) -> Callable[[list[Array]], Callable[[list[Array]], Any]]:
-    def begin(texts: list[Array]) -> Callable[[list[Array]], Any]:
+def _our_step(past: list[list[Array]], problems: list[int]) -> Callable[[list[Array]], Step]:
+    def begin(texts: list[Array]) -> Step:
         config = DraftConfig(policy="marginal", max_tokens=MAX_DRAFTS, window_versions=1000)
         drafter = Drafter(config, max_sequences=BATCH, vocab_size=VOCABULARY, context_tokens=4096)
         slots = [
@@ -179,20 +178,19 @@ def _our_step(past: list[list[Array]], problems: list[int]) -> Callable[[list[Ar
         ]
         rows = np.array(slots, np.int32)
 
-        def step(new: list[Array]) -> None:
-            counts = np.array([len(tokens) for tokens in new], np.int32)
-            drafter.propose(rows, np.concatenate(new), counts, decode_only=True, num_scheduled_tokens=len(rows))
+        def step(sampled: list[list[int]]) -> None:
+            drafter.propose(rows, *flatten(sampled), decode_only=True, num_scheduled_tokens=len(rows))
 
         return step
 
     return begin
 
 
-def _their_step(past: list[list[Array]]) -> Callable[[list[Array]], Callable[[list[Array]], Any]]:
+def _their_step(past: list[list[Array]]) -> Callable[[list[Array]], Step]:
     """vLLM 0.32.0's own loop, with just what it looks at: its configuration and the batch."""
     from vllm.v1.spec_decode.suffix_decoding import SuffixDecodingProposer
 
-    def begin(texts: list[Array]) -> Callable[[list[Array]], Any]:
+    def begin(texts: list[Array]) -> Step:
         speculative = SimpleNamespace(
             num_speculative_tokens=MAX_DRAFTS,
             suffix_decoding_max_tree_depth=24,
@@ -218,12 +216,12 @@ def _their_step(past: list[list[Array]]) -> Callable[[list[Array]], Callable[[li
             token_ids_cpu=np.zeros((len(names), 4096), np.int32),
         )
 
-        def step(new: list[Array]) -> None:
-            for row, tokens in enumerate(new):
+        def step(sampled: list[list[int]]) -> None:
+            for row, tokens in enumerate(sampled):
                 at = batch.num_tokens_no_spec[row]
                 batch.token_ids_cpu[row, at : at + len(tokens)] = tokens
                 batch.num_tokens_no_spec[row] += len(tokens)
-            proposer.propose(MAX_DRAFTS, batch, [tokens.tolist() for tokens in new])
+            proposer.propose(MAX_DRAFTS, batch, sampled)
 
         return step
 
@@ -247,125 +245,64 @@ class FixedCost(LatencyModel):
         pass
 
 
-def replay(groups: Iterable[RolloutGroup], begin: Callable[[RolloutGroup, int], "OneRequest"]) -> dict[str, float]:
-    """Groups in their order, all texts of a group at once; tokens drafted and accepted a round."""
-    rounds = drafted = accepted = 0
-    for group in groups:
-        running = [begin(group, place) for place in range(len(group.texts))]
-        while running:
-            drafts = running[0].draft_all(running)
-            going_on = []
-            for request, draft in zip(running, drafts, strict=True):
-                rest = request.rest()
-                if not len(rest):
-                    request.end()
-                    continue
-                kept = agreeing(draft, rest)
-                rounds, drafted, accepted = rounds + 1, drafted + len(draft), accepted + kept
-                request.take(rest[: kept + 1])
-                going_on.append(request)
-            running = going_on
-    return {"drafted_per_round": drafted / rounds, "accepted_per_round": accepted / rounds}
+class PerProblem:
+    """A `Speculator` that has one of its own for every problem, as SuffixDecoding's authors have it."""
+
+    def __init__(self, make: Callable[[], Speculator]) -> None:
+        self._make = make
+        self._speculators: dict[int, Speculator] = {}
+
+    def begin(self, record: RolloutRecord) -> None:
+        if record.problem not in self._speculators:
+            self._speculators[record.problem] = self._make()
+        self._current = self._speculators[record.problem]
+        self._current.begin(record)
+
+    def propose(self, rows: Sequence[int], new: Sequence[Array], scheduled: int, first: bool) -> list[Array]:
+        return self._current.propose(rows, new, scheduled, first)
+
+    def end(self) -> None:
+        self._current.end()
 
 
-def agreeing(draft: Array, rest: Array) -> int:
-    length = min(len(draft), len(rest))
-    wrong = np.flatnonzero(draft[:length] != rest[:length])
-    return int(wrong[0]) if len(wrong) else length
+def replay(records: Sequence[RolloutRecord], speculator: Speculator) -> dict[str, float]:
+    """Tokens drafted and accepted a round of one completion."""
+    tally, replayer = Tally(), GroupReplayer(speculator)
+    for record in records:
+        for one in replayer.replay(record):
+            tally.add(one)
+    return {"drafted_per_round": tally.drafted / tally.rounds, "accepted_per_round": tally.accepted_per_round}
 
 
-class OneRequest:
-    """A text that is being said again. said: tokens that the drafter may know; fresh: those it was not told yet."""
-
-    def __init__(self, group: RolloutGroup, place: int) -> None:
-        self.group, self.text = group, group.texts[place]
-        self.fresh = self.text[:1]
-        self.said = len(self.fresh)
-
-    def rest(self) -> Array:
-        return self.text[self.said :]
-
-    def take(self, tokens: Array) -> None:
-        self.fresh = tokens
-        self.said += len(tokens)
-
-    def draft_all(self, running: list[Any]) -> list[Array]:
-        raise NotImplementedError
-
-    def end(self) -> None: ...
-
-
-def replay_ours(groups: list[RolloutGroup], vocabulary: int, token_share: float) -> dict[str, float]:
-    config = DraftConfig(policy="marginal", max_tokens=MAX_DRAFTS)
-    longest = max(len(text) for group in groups for text in group.texts)
+def replay_ours(records: Sequence[RolloutRecord], token_share: float) -> dict[str, float]:
+    longest = max(len(text) for record in records for text in record.completions())
+    vocabulary = 1 + max(int(text.max(initial=0)) for each in records for text in [each.prompt(), *each.completions()])
     drafter = Drafter(
-        config, max_sequences=64, vocab_size=vocabulary, context_tokens=longest, latency=FixedCost(token_share)
+        DraftConfig(policy="marginal", max_tokens=MAX_DRAFTS),
+        max_sequences=64,
+        vocab_size=vocabulary,
+        context_tokens=longest,
+        latency=FixedCost(token_share),
     )
-
-    class Request(OneRequest):
-        def __init__(self, group: RolloutGroup, place: int) -> None:
-            super().__init__(group, place)
-            drafter.set_version(group.version)
-            self.slot = drafter.add(
-                problem=group.problem, prompt_ids=group.prompt, group=hash(group[:2]), max_tokens=longest + MAX_DRAFTS
-            )
-
-        def draft_all(self, running: list["Request"]) -> list[Array]:
-            counts = np.array([len(each.fresh) for each in running], np.int32)
-            drafts, num = drafter.propose(
-                np.array([each.slot for each in running], np.int32),
-                np.concatenate([each.fresh for each in running]),
-                counts,
-                decode_only=False,
-                num_scheduled_tokens=0,
-            )
-            return [row[:n] for row, n in zip(drafts, num, strict=True)]
-
-        def end(self) -> None:
-            drafter.remove(self.slot)
-
-    return replay(groups, Request)
+    return replay(records, EchelonSpeculator(drafter, longest + MAX_DRAFTS))
 
 
 def replay_arctic(
-    groups: list[RolloutGroup], *, depth: int, factor: float, probability: float, per_problem: bool
+    records: Sequence[RolloutRecord], depth: int, factor: float, probability: float, per_problem: bool
 ) -> dict[str, float]:
-    caches: dict[int, SuffixDecodingCache] = {}
-    names = iter(range(1 << 30))
+    def make() -> Speculator:
+        return ArcticSpeculator(MAX_DRAFTS, depth, factor, probability)
 
-    class Request(OneRequest):
-        def __init__(self, group: RolloutGroup, place: int) -> None:
-            super().__init__(group, place)
-            key = group.problem if per_problem else 0
-            self.cache = caches.setdefault(key, SuffixDecodingCache(max_tree_depth=depth))
-            self.name = next(names)
-            self.cache.start_request(self.name, group.prompt)
-
-        def draft_all(self, running: list["Request"]) -> list[Array]:
-            for each in running:
-                each.cache.add_active_response(each.name, each.fresh)
-            return [each.draft() for each in running]
-
-        def draft(self) -> Array:
-            context = np.concatenate([self.group.prompt, self.text[: self.said]])[-depth:]
-            drafted = self.cache.speculate(
-                self.name, context, max_spec_tokens=MAX_DRAFTS, max_spec_factor=factor, min_token_prob=probability
-            )
-            return np.array(drafted.token_ids, np.int32)
-
-        def end(self) -> None:
-            self.cache.stop_request(self.name)
-
-    return replay(groups, Request)
+    return replay(records, PerProblem(make) if per_problem else make())
 
 
-def measure_acceptance(groups: list[RolloutGroup], vocabulary: int) -> dict[str, Any]:
+def measure_acceptance(records: Sequence[RolloutRecord]) -> dict[str, Any]:
     """Both at several settings, and ours at as many drafted tokens as each setting of arctic's, interpolated."""
     shares = (1e-4, 3e-3, 1e-2, 3e-2, 1e-1, 0.3)
-    ours = [replay_ours(groups, vocabulary, share) for share in shares]
+    ours = [replay_ours(records, share) for share in shares]
     arctic = {
         f"depth {depth}, factor {factor:g}, probability {probability:g}, {'a tree a problem' if own else 'one tree'}": (
-            replay_arctic(groups, depth=depth, factor=factor, probability=probability, per_problem=own)
+            replay_arctic(records, depth, factor, probability, per_problem=own)
         )
         for own in (True, False)
         for depth in (24, 64)
@@ -396,11 +333,9 @@ def main() -> None:
     rollouts = branching_rollouts(problems=16, rollouts=64, length=1000)
     building = measure_building(rollouts)
     steps = measure_step(rollouts)
-    acceptance = {"synthetic": measure_acceptance(as_groups([texts[:32] for texts in rollouts[:6]], 8), VOCABULARY)}
+    acceptance = {"synthetic": measure_acceptance(as_records([texts[:32] for texts in rollouts[:6]], 8))}
     if args.run is not None:
-        groups = recorded_groups(args.run)
-        vocabulary = 1 + max(int(text.max(initial=0)) for group in groups for text in [group.prompt, *group.texts])
-        acceptance["recorded"] = measure_acceptance(groups, vocabulary)
+        acceptance["recorded"] = measure_acceptance(list(read_rollouts(RunFolder(args.run).rollouts_file)))
     ours = building.pop("ours")
     fastest = min(figures["build_ns_per_token"] for figures in building.values())
     bars = [

@@ -5,11 +5,15 @@ startup ──▶ receive · answer · tick, until all steps are trained ──�
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
+from databus.chronicle import Chronicle
 from databus.codec import Frame, MalformedMessage
 from databus.config import BrokerConfig
+from databus.group_commit import GroupCommit
+from databus.journal import Journal, JournalEntry
+from databus.keys import ServerKeys
 from databus.lease_desk import LeaseDesk
 from databus.messages import (
     BatchRequest,
@@ -20,10 +24,13 @@ from databus.messages import (
     Heartbeat,
     HeartbeatReply,
     Hello,
+    Holding,
+    Leaving,
     Position,
     PositionRequest,
     Refused,
     Released,
+    Role,
     Status,
     StatusRequest,
     StepDone,
@@ -33,18 +40,27 @@ from databus.messages import (
     VersionPublished,
     Welcome,
 )
+from databus.outbox import Outbox
 from databus.peers import Peer, may_send
 from databus.prompts import GroupFilter, GroupRecorder, MetricsSink, Prompt, PromptSource
-from databus.run_state import LearnerLost, RunFailed, new_state
+from databus.recovery import Recovery
+from databus.retention import Retention
+from databus.run_state import RunFailed, new_state
 from databus.scheduling import Placement, Scheduler
+from databus.staffing import Staffing
 from databus.step_desk import StepDesk
 from databus.transport import BrokerSocket, Received
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.2
+WRITING_TICK_S = 0.001
+"""How soon what has become durable is said, where no message comes in meanwhile."""
 MAX_MESSAGES_A_TICK = 256
 GOODBYE_TIMEOUT_S = 60.0
+STOP_AGAIN_S = 2.0
+RETURN_S = 2.0
+MAX_REASON = 500
 ENDED = ("finished", "failed")
 
 
@@ -62,17 +78,37 @@ class Broker:
         scheduler: Scheduler | None = None,
         placement: Placement | None = None,
         recorder: GroupRecorder | None = None,
+        keys: ServerKeys | None = None,
+        journal: Journal | None = None,
+        past: Iterable[JournalEntry] = (),
+        first_row: int = 0,
     ) -> None:
-        """Binds the socket. Raises: ValueError, one line, where it cannot listen on `config.address`."""
-        self._socket = BrokerSocket(config.address, config.bus.max_message_bytes)
+        """Binds the socket, and goes on where an earlier broker of the run has stopped.
+
+        Args: keys: None for plain text. journal: None writes nothing down. past: what is in it already. first_row: of
+            the steps whose rows the sink does not have.
+
+        Raises: ValueError, one line, where it cannot listen on `config.address`.
+        """
+        self._socket = BrokerSocket(config.address, config.bus.max_message_bytes, keys)
         self.address = self._socket.address
         self.refused = 0
+        self._refusal_logged = -1.0
+        self._next_tick = 0.0
         self._config = config
-        self._state = new_state(
-            config, prompts, evals, filters, self._socket.send, position, scheduler=scheduler, placement=placement
-        )
+        outbox = Outbox(self._socket)
+        self._commit = GroupCommit(journal, outbox)
+        self._state = new_state(config, prompts, evals, filters, outbox, position, Chronicle(), scheduler, placement)
         self._leases = LeaseDesk(self._state, recorder)
-        self._steps = StepDesk(self._state, sink)
+        self._staffing = Staffing(self._state)
+        self._steps = StepDesk(self._state, sink, first_row)
+        self._retention = Retention(self._state, self._commit, self._leases.history, config.keep_journal)
+        Recovery(self._state, self._leases, self._steps, self._retention).fold(past)
+        # Where an earlier broker had all but ended the run, peers are about to come back, and want to hear of it.
+        came_back = self._state.ledger.next_cursor > 0 and position is None
+        self._earliest_end = time.monotonic() + (2 * config.bus.heartbeat_s + RETURN_S if came_back else 0.0)
+        self._state.chronicle.write_to(journal)
+        self._state.chronicle.started(config)
         self._phase = "starting"
         self._error = ""
 
@@ -80,7 +116,7 @@ class Broker:
         """Serve until the last step is trained and evaluated. Raises: RunFailed with the first cause."""
         stop = Stop(reason="all steps are done")
         try:
-            while not self._steps.finished():
+            while not (self._steps.finished() and self._commit.is_idle and time.monotonic() >= self._earliest_end):
                 self._turn()
             self._phase = "finished"
         except BaseException as error:  # Ctrl-C as well: nobody may take it for a good end
@@ -92,20 +128,30 @@ class Broker:
                 self._say_stop(stop)
             finally:
                 self._socket.close()
+                self._state.chronicle.ended(stop.ok, stop.reason)
+                self._commit.close()
 
     # ------------------------------------------------------------ the loop
 
     def _turn(self) -> None:
-        self._receive(TICK_S)
+        self._receive(WRITING_TICK_S if self._commit.is_busy else TICK_S)
         now = time.monotonic()
-        for peer in self._state.peers.silent(now):
-            self._lost(peer, f"not heard for {self._config.bus.peer_timeout_s:g} s")
-        self._leases.tick(now)
-        self._steps.tick(now)
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_S / 10
+            self._tick(now)
         self._leases.announce()
         self._leases.lease_all()
         self._steps.cut()
+        self._commit.turn()
         self._update_phase()
+
+    def _tick(self, now: float) -> None:
+        """What has a deadline; looking at it every turn would cost more than most turns."""
+        for peer in self._state.peers.silent(now):
+            self._lost(peer, f"not heard for {now - peer.heard:.1f} s")
+        self._staffing.tick(now)
+        self._leases.tick(now)
+        self._steps.tick(now)
 
     def _receive(self, timeout_s: float) -> None:
         """Take what has arrived, up to a limit; a ROUTER reads its peers in turn, so that none is passed over."""
@@ -118,40 +164,45 @@ class Broker:
 
     def _take(self, received: Received) -> None:
         """One message in; whatever is wrong with it is the sender's problem, not the run's."""
-        name, message, frames, route = received
+        name, message, frames, route, key_role = received
         try:
             if isinstance(message, MalformedMessage):
                 raise message
             if isinstance(message, Hello):
-                self._hello(name, message, route)
+                self._hello(name, message, route, key_role)
                 return
             peer = self._state.peers.get(name)
-            if peer is None or peer.route != route:
-                self._refuse(route, "say hello first: the broker does not know you, or has given you up for dead")
+            if peer is None or peer.route != route or key_role not in (None, peer.role):
+                reason = "say hello first: the broker does not know you, or has given you up for dead"
+                self._refuse(route, reason, unknown=True)
                 return
             peer.heard = time.monotonic()
             if not may_send(peer.role, message):
                 raise MalformedMessage(f"a {peer.role} may not send {type(message).__name__}")
             self._dispatch(peer, message, frames)
         except MalformedMessage as error:
-            logger.warning("message of %r refused: %s", name, error)
             self._refuse(route, str(error))
+            self._log_refusal(name, str(error))
 
     def _dispatch(self, peer: Peer, message: ToBroker, frames: Sequence[Frame]) -> None:
         match message:
             case Heartbeat():
                 peer.take_heartbeat(message, time.monotonic())
-                self._state.send(peer.name, HeartbeatReply(version=self._state.newest or 0))
+                self._socket.send(peer.name, HeartbeatReply(version=self._state.newest or 0))
             case Goodbye(reason=reason):
                 self._lost(peer, f"left: {reason}" if reason else "left")
             case Credits(total=total):
                 peer.credits = max(peer.credits, total)
+            case Holding():
+                self._leases.holding(peer, message)
             case Completed():
                 self._leases.completed(peer, message, frames)
             case Failed():
                 self._leases.failed(peer, message)
             case Released():
                 self._leases.released(peer, message)
+            case Leaving():
+                self._staffing.leaving(peer, message)
             case VersionApplied():
                 self._leases.applied(peer, message)
             case BatchRequest():
@@ -160,25 +211,31 @@ class Broker:
                 self._steps.step_done(message)
             case VersionPublished():
                 self._steps.published(message)
-            case PositionRequest():
+            case PositionRequest(step=step, oldest_checkpoint=oldest):
                 self._steps.position(peer, message)
+                self._retention.save(step)
+                self._retention.drop_before(min(oldest, self._steps.rows_written))
             case StatusRequest():
-                self._state.send(peer.name, self._status())
+                self._socket.send(peer.name, self._status())
 
     # ------------------------------------------------------------ peers
 
-    def _hello(self, sender: str, hello: Hello, route: bytes) -> None:
+    def _hello(self, sender: str, hello: Hello, route: bytes, key_role: Role | None) -> None:
         known = self._state.peers.get(sender)
-        objection = self._objection(sender, hello)
+        objection = self._objection(sender, hello, key_role)
         if objection:
             self._refuse(route, objection)
             if known is None:
                 self._socket.forget(sender)
             return
-        if known is None or known.route != route or known.hello != hello:
+        if known is not None and known.route == route and known.hello.joining < hello.joining:
+            known.rejoin(hello)
+        elif known is None or known.route != route or known.hello != hello:
             if known is not None:
                 self._lost(known, "was replaced")
-            self._state.peers.add(hello, route)
+            self._staffing.joined(self._state.peers.add(hello, route))
+            if hello.role == "learner":
+                self._steps.learner_joined(hello)
             self._socket.seat(sender, route)
             logger.info("%s joined: %s, pid %d on %s", sender, hello.role, hello.pid, hello.host)
             self._state.touch()
@@ -188,29 +245,39 @@ class Broker:
             peer_timeout_s=self._config.bus.peer_timeout_s,
             config_json=self._config.config_json,
             run_dir=self._config.run_dir,
+            reconnect_s=self._config.bus.reconnect_s,
         )
-        self._state.send(sender, welcome)
+        self._socket.send(sender, welcome)
 
-    def _objection(self, sender: str, hello: Hello) -> str:
+    def _objection(self, sender: str, hello: Hello, key_role: Role | None) -> str:
+        if key_role not in (None, hello.role):
+            return f"its key is of role {key_role}, and it calls itself {hello.role}"
         if self._phase in ENDED:
             return f"the run is over: {self._error or 'all steps are done'}"
-        newest = self._config.start_step if self._state.newest is None else self._state.newest
-        return self._state.peers.objection(sender, hello, self._config.run_id, newest)
+        return self._state.peers.objection(sender, hello, self._config.run_id, self._state.newest_known)
 
-    def _refuse(self, route: bytes, reason: str) -> None:
+    def _refuse(self, route: bytes, reason: str, unknown: bool = False) -> None:
+        """What is refused may be long and hostile, and so may what is said of it."""
         self.refused += 1
-        self._socket.answer(route, Refused(reason=reason))
+        self._socket.answer(route, Refused(reason=reason[:MAX_REASON], unknown=unknown))
+
+    def _log_refusal(self, name: str, reason: str) -> None:
+        """One a second at most: nobody may fill the log."""
+        now = time.monotonic()
+        if now - self._refusal_logged >= 1.0:
+            self._refusal_logged = now
+            logger.warning("message of %r refused, %d by now: %s", name[:MAX_REASON], self.refused, reason[:MAX_REASON])
 
     def _lost(self, peer: Peer, why: str) -> None:
-        """Raises: LearnerLost, unless its work is done."""
+        """A worker's leases go to others; a learner may come back, and rollouts go on as far as the bound allows."""
         self._state.peers.remove(peer.name)
         self._socket.forget(peer.name)
         if peer.role == "worker":
             self._leases.worker_gone(peer)
         if peer.role != "observer":
             logger.info("%s %s", peer.name, why)
-        if peer.role == "learner" and self._phase not in ENDED:
-            raise LearnerLost(f"the learner {why}")
+        if peer.role == "learner":
+            self._state.requested = None
 
     # ------------------------------------------------------------ the run as a whole
 
@@ -224,27 +291,40 @@ class Broker:
 
     def _status(self) -> Status:
         state, now = self._state, time.monotonic()
+        learner = state.peers.learner
         return Status(
             phase=self._phase,
             step=state.step,
             steps=self._config.steps,
             version=state.newest or 0,
-            learner_ready=state.newest is not None,
-            workers=state.peers.worker_statuses(state.leases.by_worker(), now),
+            learner_ready=learner is not None and state.newest is not None,
+            workers=state.peers.worker_statuses(state.held_by_worker(), now),
             running_groups=state.ledger.running,
             queued_groups=len(state.queue),
             counts=state.ledger.counts(),
             last_progress_s=now - state.progress,
             error=self._error,
+            drained=self._staffing.drained,
+            training_s=0.0 if state.batch is None else now - state.batch_cut,
+            requested=state.requested is not None and state.batch is None,
+            learner_silent_s=0.0 if learner is None else now - learner.heard,
+            disk_full=self._commit.disk_full,
         )
 
     def _say_stop(self, stop: Stop) -> None:
         """Tell everyone, then answer last questions until they have left: a checkpoint may want a position."""
-        for peer in self._state.peers:
-            self._state.send(peer.name, stop)
-        deadline = time.monotonic() + (GOODBYE_TIMEOUT_S if stop.ok else 1.0)
-        while time.monotonic() < deadline and any(peer.role != "observer" for peer in self._state.peers):
+        now = time.monotonic()
+        deadline, say_at = now + (GOODBYE_TIMEOUT_S if stop.ok else 1.0), now
+        while True:
+            now = time.monotonic()
+            if now >= say_at:  # again and again: it may be lost on the way
+                say_at = now + STOP_AGAIN_S
+                for peer in self._state.peers:
+                    self._socket.send(peer.name, stop)
+            if now >= deadline or all(peer.role == "observer" for peer in self._state.peers):
+                return
             with suppress(RunFailed):  # one cause is enough
                 self._receive(TICK_S)
+            self._commit.turn()
             for peer in self._state.peers.silent(time.monotonic()):
                 self._lost(peer, "left without a word")

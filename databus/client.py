@@ -7,6 +7,7 @@ The thread does all socket work; `send` and `recv` go through queues.
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -19,6 +20,7 @@ import zmq
 from databus.address import check_address
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
 from databus.errors import BusError, BusLost, BusRefused, BusTimeout
+from databus.keys import ClientKeys
 from databus.messages import (
     Goodbye,
     Heartbeat,
@@ -56,9 +58,14 @@ class BusClient:
         *,
         max_message_bytes: int = 1 << 28,
         heartbeat: Callable[[], Heartbeat] = Heartbeat,
+        keys: ClientKeys | None = None,
     ) -> None:
-        """Args: heartbeat: gives the counters to send; called from the bus thread. Raises: ValueError."""
-        self._address = check_address(address)
+        """Args: heartbeat: gives the counters to send; called from the bus thread. keys: None for plain text.
+
+        Raises: ValueError.
+        """
+        self._address = check_address(address, encrypted=keys is not None)
+        self._keys = keys
         self._hello = hello
         self._route = new_route(hello.name)
         self._max_message_bytes = max_message_bytes
@@ -86,7 +93,8 @@ class BusClient:
             raise
         if arrived is None:
             self.close()
-            raise BusTimeout(f"no broker answered at {self._address} within {timeout_s:g} s")
+            unless = ", or it wants another key" if self._address.startswith("tcp://") else ""
+            raise BusTimeout(f"no broker answered at {self._address} within {timeout_s:g} s{unless}")
         match arrived.message:
             case Welcome() as welcome:
                 return welcome
@@ -148,7 +156,7 @@ class BusClient:
     def _work(self) -> None:
         wake = self._context.socket(zmq.PAIR)
         wake.connect("inproc://wake")
-        socket = make_socket(self._context, zmq.DEALER, self._max_message_bytes)
+        socket = make_socket(self._context, zmq.DEALER, self._max_message_bytes, self._keys)
         socket.setsockopt(zmq.IDENTITY, self._route)
         socket.setsockopt(zmq.IPV6, is_ipv6(self._address))
         try:
@@ -203,9 +211,13 @@ class BusClient:
             return
         if isinstance(message, HeartbeatReply):
             return
+        if isinstance(message, Refused) and message.unknown and self._welcomed:
+            beat.away()
+            return
         if isinstance(message, Welcome):
             if beat.welcome is not None:
                 return  # an answer to a hello that was repeated
+            # Also the second time: what was sent to the broker before may be lost.
             beat.welcomed(message)
             self._welcomed = True
             self._put(Arrived(message, ()))
@@ -233,22 +245,33 @@ class _Beat:
         self._hello = hello
         self._heartbeat = heartbeat
         self._next = 0.0
+        self._give_up: float | None = None
+
+    def away(self) -> None:
+        """The broker is not there, or not the one that knew us: say hello until it answers."""
+        if self.welcome is not None:
+            self._give_up = time.monotonic() + self.welcome.reconnect_s
+            self.welcome, self._next = None, 0.0
+            self._hello = msgspec.structs.replace(self._hello, joining=self._hello.joining + 1)
 
     def welcomed(self, welcome: Welcome) -> None:
-        self.welcome = welcome
+        self.welcome, self._give_up = welcome, None
         self._next = 0.0  # the pause between hellos may be longer than that between heartbeats
 
     def check(self, socket: zmq.Socket) -> None:
         now = time.monotonic()
         if self.welcome is not None and now - self.heard > self.welcome.peer_timeout_s:
-            raise BusLost(f"nothing heard from the broker for {self.welcome.peer_timeout_s:g} s")
+            self.away()
+        if self._give_up is not None and now > self._give_up:
+            raise BusLost(f"nothing heard from the broker for {now - self.heard:.1f} s")
         if now >= self._next:
             message = self._hello if self.welcome is None else self._heartbeat()
             socket.send_multipart([encode_header(message)])
             self._next = now + (HELLO_AGAIN_S if self.welcome is None else self.welcome.heartbeat_s)
 
     def wait_ms(self) -> int:
-        return max(1, int((self._next - time.monotonic()) * 1000))
+        until = self._next if self._give_up is None else min(self._next, self._give_up)
+        return max(1, math.ceil((until - time.monotonic()) * 1000))
 
 
 def _drain(wake: zmq.Socket) -> None:

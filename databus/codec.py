@@ -4,6 +4,7 @@ Encoding copies nothing: a column frame is the array's own memory. Decoding is t
 against a whitelist and every frame's length against its header, and gives read-only views.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +18,8 @@ T = TypeVar("T")
 Array = NDArray[Any]
 Frame = bytes | memoryview
 
-ALLOWED_DTYPES = frozenset({"<i4", "<i8", "<f4", "<u8", "|u1"})
+DTYPES = {name: np.dtype(name) for name in ("<i4", "<i8", "<f4", "<u8", "|u1")}
+"""The whitelist."""
 MAX_DIMENSIONS = 4
 
 _encoder = msgspec.msgpack.Encoder()
@@ -41,8 +43,8 @@ def encode_columns(arrays: Mapping[str, Array]) -> tuple[tuple[Column, ...], lis
     for name, array in arrays.items():
         packed = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
         dtype = packed.dtype.str
-        if dtype not in ALLOWED_DTYPES:
-            raise ValueError(f"column {name!r} has dtype {dtype}; allowed: {sorted(ALLOWED_DTYPES)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"column {name!r} has dtype {dtype}; allowed: {sorted(DTYPES)}")
         columns.append(Column(name=name, dtype=dtype, shape=packed.shape))
         frames.append(packed.reshape(-1).view(np.uint8).data if packed.size else b"")
     return tuple(columns), frames
@@ -73,17 +75,14 @@ def decode_columns(columns: Sequence[Column], frames: Sequence[Frame]) -> dict[s
 
 
 def _decode_column(column: Column, frame: Frame) -> Array:
-    if column.dtype not in ALLOWED_DTYPES:
+    dtype = DTYPES.get(column.dtype)
+    if dtype is None:
         raise MalformedMessage(f"column {column.name!r}: dtype {column.dtype!r} is not allowed")
-    if len(column.shape) > MAX_DIMENSIONS or any(size < 0 for size in column.shape):
+    if len(column.shape) > MAX_DIMENSIONS or min(column.shape, default=0) < 0:
         raise MalformedMessage(f"column {column.name!r}: bad shape {column.shape}")
-    dtype = np.dtype(column.dtype)
-    expected = dtype.itemsize
-    for size in column.shape:  # Python integers: a huge shape cannot overflow
-        expected *= size
-    view = memoryview(frame)
+    expected = dtype.itemsize * math.prod(column.shape)  # Python integers: a huge shape cannot overflow
+    view = memoryview(frame).toreadonly()
     if view.nbytes != expected:
         raise MalformedMessage(f"column {column.name!r}: {view.nbytes} bytes, its header says {expected}")
-    array = np.frombuffer(view, dtype=dtype).reshape(column.shape)
-    array.flags.writeable = False
-    return array
+    array = np.frombuffer(view, dtype=dtype)
+    return array if len(column.shape) == 1 else array.reshape(column.shape)

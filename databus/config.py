@@ -13,12 +13,15 @@ StalePolicy = Literal["drop", "mask", "requeue"]
 class BusConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sockets, deadlines and limits.
 
-    address: where the broker listens; "auto" is an ipc socket of the run. `tcp://127.0.0.1:PORT`
-        serves other processes of this machine in plain text; other hosts need keys, which this version
-        does not have yet, so any other address is refused.
+    address: where the broker listens; "auto" is an ipc socket of the run, `tcp://HOST:PORT` serves other machines.
+    keys: folder of the CURVE keys that tcp sockets use (`echelon keys new`); "auto": the run makes its own.
+    plain: no keys and no encryption on tcp, which is then allowed on loopback alone.
+    slow_fraction, slow_s: a worker that, while it has work, stays below this share of the others' median tokens/s for
+        so long is sent away, and replaced where the supervisor started it. 0: none is.
     heartbeat_s: how often every peer is heard.
     peer_timeout_s: silence after which a peer is taken for dead and loses its leases.
     lease_s: time a worker has for one group.
+    reconnect_s: time for which peers wait for a broker that is away; then they end.
     max_attempts: leases of one cursor before its group counts as failed.
     max_message_bytes: larger messages are refused.
     """
@@ -27,8 +30,24 @@ class BusConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     heartbeat_s: PositiveFloat = 2.0
     peer_timeout_s: PositiveFloat = 30.0
     lease_s: PositiveFloat = 600.0
+    reconnect_s: PositiveFloat = 120.0
     max_attempts: PositiveInt = 3
     max_message_bytes: PositiveInt = 1 << 28
+    keys: Annotated[str, Meta(min_length=1)] = "auto"
+    plain: bool = False
+    slow_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.3
+    slow_s: PositiveFloat = 120.0
+
+    @property
+    def encrypted(self) -> bool:
+        """Do the run's sockets use keys? On ipc, the permissions of files say who may connect."""
+        return self.address.startswith("tcp://") and not self.plain
+
+
+class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The broker's journal. keep: all of it; else what is needed to go on from the checkpoints that are kept."""
+
+    keep: bool = False
 
 
 class HistoryConfig(Struct, frozen=True, kw_only=True):
@@ -46,7 +65,7 @@ class HistoryConfig(Struct, frozen=True, kw_only=True):
 class BrokerConfig(Struct, frozen=True, kw_only=True):
     """What the broker needs of a run; `echelon` derives it from the run's configuration.
 
-    history: None sends none.
+    history: None sends none. keep_journal: as `JournalConfig.keep`.
     """
 
     run_id: str
@@ -69,3 +88,4 @@ class BrokerConfig(Struct, frozen=True, kw_only=True):
     run_dir: str = ""
     max_filtered: int = 1000
     history: HistoryConfig | None = None
+    keep_journal: bool = False

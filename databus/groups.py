@@ -1,6 +1,8 @@
 """A scored group as columns: what a worker sends, the broker checks, and the learner trains on."""
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -54,14 +56,23 @@ class Group:
         """int32 [T]: the policy version that sampled each token."""
         return np.repeat(self.version_values, self.version_lengths)
 
+    @cached_property
+    def loss_tokens(self) -> tuple[Array, Array]:
+        """(versions int32 [L], tokens int64 [L]): each span of one version with loss-bearing tokens, and how many."""
+        spans = self.version_lengths > 0  # `reduceat` would count the next token for an empty one
+        lengths = self.version_lengths[spans]
+        tokens = np.add.reduceat(self.loss_mask, np.cumsum(lengths) - lengths, dtype=np.int64)
+        return self.version_values[spans][tokens > 0], tokens[tokens > 0]
+
+    @cached_property
     def loss_versions(self) -> tuple[int, int] | None:
         """The oldest and the newest version among loss-bearing tokens; None where no token bears loss."""
-        versions = self.token_versions()[self.loss_mask.astype(bool)]
+        versions, _ = self.loss_tokens
         return (int(versions.min()), int(versions.max())) if versions.size else None
 
     def oldest_loss_version(self) -> int | None:
         """The smallest version among loss-bearing tokens; None where no token bears loss."""
-        versions = self.loss_versions()
+        versions = self.loss_versions
         return None if versions is None else versions[0]
 
     def columns(self) -> dict[str, Array]:
@@ -120,13 +131,24 @@ def _check_sizes(group: Group) -> None:
 
 def _check_values(group: Group) -> None:
     for name in ("prompt_ids", "token_ids", "version_values"):
-        if (getattr(group, name) < 0).any():
+        if _lowest(getattr(group, name)) < 0:
             raise MalformedMessage(f"column {name!r} has a negative entry")
     for name in ("loss_mask", "truncated"):
-        if (getattr(group, name) > 1).any():
+        if _highest(getattr(group, name)) > 1:
             raise MalformedMessage(f"column {name!r} has an entry other than 0 and 1")
     for name in ("logprobs", "rewards", "reward_parts"):
-        if not np.isfinite(getattr(group, name)).all():
+        array = getattr(group, name)
+        if not (math.isfinite(_lowest(array)) and math.isfinite(_highest(array))):
             raise MalformedMessage(f"column {name!r} has an entry that is not finite")
-    if (group.logprobs > 0).any():
+    if _highest(group.logprobs) > 0:
         raise MalformedMessage("column 'logprobs' has an entry above 0")
+
+
+def _lowest(array: Array) -> float:
+    """Not a number if there is such an entry; 0 where there is none."""
+    return np.minimum.reduce(array, axis=None) if array.size else 0
+
+
+def _highest(array: Array) -> float:
+    """As `_lowest`."""
+    return np.maximum.reduce(array, axis=None) if array.size else 0

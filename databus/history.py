@@ -4,7 +4,7 @@ It is what a worker drafts from, so that one which has just joined drafts as wel
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -90,6 +90,18 @@ class CompletionHistory:
             self._forget(next(iter(self._problems)))
         if not problem.completions:
             self._forget(key)
+
+    def load(self, key: int, completions: Iterable[PastCompletion]) -> None:
+        """Take what `items` gave for a problem that is not known here."""
+        problem = self._problems.setdefault(key, _Problem())
+        for completion in completions:
+            kept = completion._replace(token_ids=completion.token_ids.copy())  # a view would keep its whole message
+            problem.completions.append(kept)
+            self._count(problem, len(kept.token_ids))
+
+    def items(self) -> Iterator[tuple[int, tuple[PastCompletion, ...]]]:
+        """(problem key, completions), least recently used first."""
+        return ((key, tuple(problem.completions)) for key, problem in self._problems.items())
 
     def of(self, key: int, version: int) -> tuple[PastCompletion, ...]:
         """Completions of a problem, newest last, as policy `version` may use them."""

@@ -25,11 +25,14 @@ import numpy as np
 import xxhash
 
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
-from databus.records import Record
+from databus.crash import crash_point
+from databus.records import Record, StateSaved
 
 MAGIC = b"echelon journal1"
 HEAD = struct.Struct("<IIQQ")
 MAX_RECORD_BYTES = 1 << 30
+OFFSET_BITS = 40
+UNFINISHED = ".new"
 
 _segment_name = re.compile(r"(\d{6,})\.log")
 _decoder = msgspec.msgpack.Decoder(Record)
@@ -49,6 +52,14 @@ class Place(NamedTuple):
     segment: int
     offset: int
 
+    def pack(self) -> int:
+        """As one number of 64 bits: there may be millions of them."""
+        return self.segment << OFFSET_BITS | self.offset
+
+    @classmethod
+    def unpack(cls, packed: int) -> "Place":
+        return cls(packed >> OFFSET_BITS, packed & ((1 << OFFSET_BITS) - 1))
+
 
 class JournalEntry(NamedTuple):
     """A record that was read. frames: read-only views, one a column; none for records without columns."""
@@ -67,10 +78,12 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._pending: list[Frame] = []
         self._pending_bytes = 0
-        self._open(segment)
+        self._writing: list[Frame] = []
+        self._writing_bytes = 0
+        self._open(segment, segment_path(folder, segment))
+        sync_folder(folder)
 
-    def _open(self, segment: int) -> None:
-        path = segment_path(self._folder, segment)
+    def _open(self, segment: int, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._synced = os.fstat(self._file).st_size
         self._pending_bytes = 0
@@ -79,16 +92,15 @@ class Journal:
             self._synced = 0
             self._add([MAGIC])
             self.commit()
-            sync_folder(self._folder)
 
     @property
     def pending_bytes(self) -> int:
-        """Appended since the last commit."""
-        return self._pending_bytes
+        """Appended, and not durable yet."""
+        return self._writing_bytes + self._pending_bytes
 
     @property
     def segment_bytes(self) -> int:
-        return self._synced + self._pending_bytes
+        return self._synced + self.pending_bytes
 
     def append(self, record: Record, frames: Sequence[Frame] = ()) -> Place:
         """Add a record; the frames must not change until it is committed. Raises: ValueError if it is too large."""
@@ -110,50 +122,79 @@ class Journal:
 
     def commit(self) -> None:
         """Write and sync what was appended. Raises: DiskFull, with nothing lost and nothing half-written; OSError."""
-        if not self._pending:
-            return
+        while self.begin():
+            self.write()
+            self.end()
+
+    def begin(self) -> bool:
+        """What was appended by now is what `write` will make durable, unless an earlier part is still to be written.
+
+        Returns: False if there is nothing to write.
+        """
+        if not self._writing:
+            self._writing, self._pending = self._pending, []
+            self._writing_bytes, self._pending_bytes = self._pending_bytes, 0
+        return bool(self._writing)
+
+    def write(self) -> None:
+        """Make it durable, perhaps in another thread while records are appended. Raises: as `commit`."""
         try:
+            crash_point("before_write")
             self._write()
+            crash_point("before_sync")
             os.fdatasync(self._file)
+            crash_point("after_sync")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             os.ftruncate(self._file, self._synced)
             raise DiskFull(error.errno, error.strerror, str(segment_path(self._folder, self.segment))) from None
-        self._synced += self._pending_bytes
-        self._pending, self._pending_bytes = [], 0
+
+    def end(self) -> None:
+        """`write` has returned; call it where records are appended."""
+        self._synced += self._writing_bytes
+        self._writing, self._writing_bytes = [], 0
 
     def _write(self) -> None:
-        parts, offset = [memoryview(part).cast("B") for part in self._pending if len(part)], self._synced
+        parts, offset = [memoryview(part).cast("B") for part in self._writing if len(part)], self._synced
         while parts:
             written = os.pwritev(self._file, parts[:IOV_MAX], offset)
             offset += written
+            crash_point("after_write")
             while parts and written >= parts[0].nbytes:
                 written -= parts.pop(0).nbytes
             if written:
                 parts[0] = parts[0][written:]
 
-    def roll(self, head: Record, copies: Sequence[tuple[Record, Sequence[Frame]]] = ()) -> None:
-        """Commit, and go on in a new segment that begins with these records, which are durable on return.
+    def roll(self, records: Sequence[tuple[Record, Sequence[Frame]]] = ()) -> list[Place]:
+        """Commit, and go on in a new segment that begins with these records: after a crash it has all of them, or is
+        not there. Nothing may be being written. Returns: their places.
 
         Raises: DiskFull, with the old segment still in use.
         """
         self.commit()
         old_file, old_segment, old_synced = self._file, self.segment, self._synced
+        path = segment_path(self._folder, old_segment + 1)
+        unfinished = path.with_name(path.name + UNFINISHED)
         try:
-            self._open(old_segment + 1)
-            self.append(head)
-            for record, frames in copies:
-                self.append(record, frames)
+            self._open(old_segment + 1, unfinished)
+            places = [self.append(record, frames) for record, frames in records]
             self.commit()
         except DiskFull:
             if self._file != old_file:
                 os.close(self._file)
-            segment_path(self._folder, old_segment + 1).unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             self._file, self.segment, self._synced = old_file, old_segment, old_synced
-            self._pending, self._pending_bytes = [], 0
+            self._pending, self._pending_bytes, self._writing, self._writing_bytes = [], 0, [], 0
             raise
+        unfinished.rename(path)
+        sync_folder(self._folder)
         os.close(old_file)
+        return places
+
+    def read(self, place: Place) -> JournalEntry:
+        """A record that is durable. Raises: JournalDamaged."""
+        return read_record(self._folder, place)
 
     def drop_before(self, segment: int) -> None:
         """Delete the segments below this one, oldest first."""
@@ -195,10 +236,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def recover(folder: Path) -> int:
-    """Cut off what a crash tore from the last segment. Returns: the segment to go on with.
+    """Cut off what a crash tore from the last segment, and drop one that it was about to begin.
+
+    Returns: the segment to go on with.
 
     Raises: JournalDamaged.
     """
+    for unfinished in folder.glob(f"*.log{UNFINISHED}"):
+        unfinished.unlink()
     numbers = segments(folder)
     if not numbers:
         return 0
@@ -214,18 +259,26 @@ def recover(folder: Path) -> int:
     return numbers[-1]
 
 
-def read_journal(folder: Path, first_segment: int = 0) -> Iterator[JournalEntry]:
+def read_journal(folder: Path) -> Iterator[JournalEntry]:
     """All records in their order, a segment in memory at a time; what a crash tore off the end is passed over.
 
+    Where earlier segments are gone, it begins with the first that begins with a state: a crash may have come while they
+    were being deleted.
     Raises: JournalDamaged where a record cannot be read that had been durable, or a segment is missing.
     """
-    numbers = [number for number in segments(folder) if number >= first_segment]
+    numbers = segments(folder)
+    has_begun = numbers[:1] == [0]
     for position, number in enumerate(numbers):
         if number != numbers[0] + position:
             raise JournalDamaged(f"{segment_path(folder, number - 1)}: the segment is missing")
         path = segment_path(folder, number)
         for _, entry in _entries(path, number, _read(path), is_last=number == numbers[-1]):
+            has_begun |= isinstance(entry.record, StateSaved)
+            if not has_begun:
+                break
             yield entry
+    if numbers and not has_begun:
+        raise JournalDamaged(f"{folder}: earlier segments are gone, and none of those left begins with a state")
 
 
 def read_record(folder: Path, place: Place) -> JournalEntry:

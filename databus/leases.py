@@ -9,13 +9,14 @@ from databus.prompts import Prompt
 
 @dataclass(frozen=True)
 class Held:
-    """A lease of a training group. deadline: on the monotonic clock. predicted_tokens: of all its completions."""
+    """A lease of a training group. deadline, sent: on the monotonic clock. predicted_tokens: of all its completions."""
 
     group_id: str
     worker: str
     prompt: Prompt
     deadline: float
     predicted_tokens: int = 0
+    sent: float = 0.0
 
 
 class Leases:
@@ -26,8 +27,10 @@ class Leases:
         self._held: dict[str, Held] = {}
         self._late: dict[str, Held] = {}
 
-    def add(self, group_id: str, worker: str, prompt: Prompt, now: float, predicted_tokens: int = 0) -> None:
-        self._held[group_id] = Held(group_id, worker, prompt, now + self._lease_s, predicted_tokens)
+    def add(self, group_id: str, worker: str, prompt: Prompt, now: float, predicted_tokens: int = 0) -> Held:
+        held = Held(group_id, worker, prompt, now + self._lease_s, predicted_tokens, now)
+        self._held[group_id] = held
+        return held
 
     def get(self, group_id: str) -> Held | None:
         """The lease, expired or not."""
@@ -42,6 +45,9 @@ class Leases:
 
     def of(self, worker: str) -> list[Held]:
         return [held for held in self._held.values() if held.worker == worker]
+
+    def sent_before(self, time: float) -> list[Held]:
+        return [held for held in self._held.values() if held.sent < time]
 
     def overdue(self, now: float) -> list[Held]:
         return [held for held in self._held.values() if held.deadline <= now]

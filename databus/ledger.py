@@ -9,7 +9,7 @@ Settled groups are only counted: any group id that is not open has been settled,
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,6 +97,38 @@ class Ledger:
     def get(self, group_id: str) -> Entry | None:
         """The entry of a group that is not settled."""
         return self._open.get(group_id)
+
+    @property
+    def num_leases(self) -> int:
+        """Of the run, so far."""
+        return self._num_leases
+
+    @property
+    def to_lease(self) -> tuple[tuple[int, int], ...]:
+        """(cursor, attempt) of the leases to come before any new cursor."""
+        return tuple(self._pending)
+
+    def open_entries(self) -> tuple[Entry, ...]:
+        """In the order of their leases."""
+        return tuple(sorted(self._open.values(), key=lambda entry: entry.order))
+
+    def load(
+        self,
+        entries: Iterable[Entry],
+        next_cursor: int,
+        to_lease: Iterable[tuple[int, int]],
+        counts: Mapping[str, int],
+        num_leases: int,
+    ) -> None:
+        """Stand where a ledger stood that had these `open_entries`, and otherwise what its properties said."""
+        self._next_cursor, self._num_leases = next_cursor, num_leases
+        self._pending = deque(to_lease)
+        self._settled = Counter({state: counts.get(state, 0) for state in SETTLED})
+        self._expiries = counts.get("expired", 0)
+        for entry in entries:
+            self._open[entry.group_id] = entry
+            self._attempts.setdefault(entry.cursor, {})[entry.group_id] = entry
+            self._by_state[entry.state] += 1
 
     def lease(self) -> Entry:
         """Lease the next cursor: one whose lease went wrong first, else a new one."""

@@ -13,6 +13,7 @@ PROTOCOL = 1
 
 Role = Literal["worker", "learner", "observer"]
 Purpose = Literal["train", "eval"]
+Standing = Literal["working", "spare", "leaving"]
 
 
 class Column(Struct, frozen=True):
@@ -38,6 +39,8 @@ class Hello(Struct, frozen=True, kw_only=True, tag=True):
 
     `version` is the policy version the peer holds: the one a worker's engine serves, or the
     one the learner starts from. `max_sequences` is how many sequences a worker's engine runs at once.
+    `spare`: a worker that is leased nothing until it stands in for one that was lost. `joining` counts how often the
+    peer has lost the broker and come back: its credits count anew each time.
     """
 
     role: Role
@@ -48,16 +51,19 @@ class Hello(Struct, frozen=True, kw_only=True, tag=True):
     max_sequences: int = 0
     pid: int = 0
     host: str = ""
+    spare: bool = False
+    joining: int = 0
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, tag=True):
-    """Any peer -> broker, every `heartbeat_s`; answered by `HeartbeatReply`. Counters are cumulative."""
+    """Any peer -> broker, every `heartbeat_s`; answered by `HeartbeatReply`. Counters are cumulative.
+
+    `drafting`: counters of the drafter by name; see `databus.draft_metrics`.
+    """
 
     running_sequences: int = 0
     generated_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    draft_rounds: int = 0
+    drafting: dict[str, float] = {}
 
 
 class Goodbye(Struct, frozen=True, kw_only=True, tag=True):
@@ -89,6 +95,18 @@ class Completed(Struct, frozen=True, kw_only=True, tag=True):
     score_s: float = 0.0
 
 
+class Holding(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> broker, every few seconds: where it stands, so that whatever was lost on the way is made good.
+
+    group_ids: all leases that it works on or whose result is not acknowledged. credits: as `Credits.total`.
+    version: what its engine serves.
+    """
+
+    group_ids: tuple[str, ...]
+    credits: int
+    version: int
+
+
 class Failed(Struct, frozen=True, kw_only=True, tag=True):
     """Worker -> broker: the group cannot be completed. `cause` names the stage that failed."""
 
@@ -101,6 +119,12 @@ class Released(Struct, frozen=True, kw_only=True, tag=True):
     """Worker -> broker: leases handed back untouched or unfinished; they are leased again."""
 
     group_ids: tuple[str, ...]
+
+
+class Leaving(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> broker: lease me nothing more; what I finish still comes, the rest I hand back, then I say goodbye."""
+
+    reason: str
 
 
 class VersionApplied(Struct, frozen=True, kw_only=True, tag=True):
@@ -137,9 +161,13 @@ class VersionPublished(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class PositionRequest(Struct, frozen=True, kw_only=True, tag=True):
-    """Learner -> broker: where the data stood once steps `0..step-1` were trained; goes into a checkpoint."""
+    """Learner -> broker: where the data stood once steps `0..step-1` were trained; goes into a checkpoint.
+
+    oldest_checkpoint: the step from which the learner may still have to go on, by the checkpoints that are there.
+    """
 
     step: int
+    oldest_checkpoint: int = 0
 
 
 # ---------------------------------------------------------------- observer -> broker
@@ -153,19 +181,28 @@ class StatusRequest(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Welcome(Struct, frozen=True, kw_only=True, tag=True):
-    """Broker -> peer: accepted. `config_json` is the run's resolved configuration."""
+    """Broker -> peer: accepted. `config_json` is the run's resolved configuration.
+
+    A peer that gets a second one has said hello to a broker that did not know it, any more or yet: what it sent last
+    may be lost, and credits count anew. reconnect_s: how long to wait for a broker that has gone.
+    """
 
     run_id: str
     heartbeat_s: float
     peer_timeout_s: float
     config_json: bytes = b""
     run_dir: str = ""
+    reconnect_s: float = 0.0
 
 
 class Refused(Struct, frozen=True, kw_only=True, tag=True):
-    """Broker -> peer: not accepted, or the last message was wrong; `reason` is one line for a person."""
+    """Broker -> peer: not accepted, or the last message was wrong; `reason` is one line for a person.
+
+    unknown: the broker does not know the peer, which is to say hello again.
+    """
 
     reason: str
+    unknown: bool = False
 
 
 class HeartbeatReply(Struct, frozen=True, kw_only=True, tag=True):
@@ -213,6 +250,12 @@ class Cancel(Struct, frozen=True, kw_only=True, tag=True):
     """Broker -> worker: these leases have expired or are no longer wanted; stop generating them."""
 
     group_ids: tuple[str, ...]
+
+
+class Drain(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> worker: leave in good order, as on SIGTERM; `reason` is one line for a person."""
+
+    reason: str
 
 
 class Ack(Struct, frozen=True, kw_only=True, tag=True):
@@ -273,19 +316,25 @@ class Position(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
+    """A worker as the broker knows it. `standing`: a spare and one that is leaving get no leases."""
+
     name: str
     version: int
     leased_groups: int
     running_sequences: int
     tokens_per_s: float
     silent_s: float
+    standing: Standing = "working"
 
 
 class Status(Struct, frozen=True, kw_only=True, tag=True):
     """Broker -> observer: the run at a glance. `phase` is `starting | running | finishing | finished | failed`.
 
     `last_progress_s` is the age of the newest sign of progress (a group completed, a step done, a
-    version applied); `error` is the first cause where the broker ended the run.
+    version applied); `error` is the first cause where the broker ended the run. `drained`: workers that the
+    broker has told to leave, and why, until they are back. `training_s`: how long the learner has had the batch that
+    it has, 0 where it has none; `requested`: it waits for one; `learner_silent_s`: since it was heard. `disk_full`:
+    why nothing is being acknowledged or handed out.
     """
 
     phase: str
@@ -299,6 +348,11 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     counts: dict[str, int]
     last_progress_s: float
     error: str = ""
+    drained: dict[str, str] = {}
+    training_s: float = 0.0
+    requested: bool = False
+    learner_silent_s: float = 0.0
+    disk_full: str = ""
 
 
 # ---------------------------------------------------------------- worker <-> weight server of the learner
@@ -352,12 +406,12 @@ class VersionGone(Struct, frozen=True, kw_only=True, tag=True):
 
 
 PeerHello = Hello | Heartbeat | Goodbye
-FromWorker = Credits | Completed | Failed | Released | VersionApplied
+FromWorker = Credits | Holding | Completed | Failed | Released | VersionApplied | Leaving
 FromLearner = BatchRequest | StepDone | VersionPublished | PositionRequest
 ToBroker = PeerHello | FromWorker | FromLearner | StatusRequest
 
 ToAnyPeer = Welcome | Refused | HeartbeatReply | Stop
-ToWorker = ToAnyPeer | Lease | Cancel | Ack | VersionAnnounced
+ToWorker = ToAnyPeer | Lease | Cancel | Ack | VersionAnnounced | Drain
 ToLearner = ToAnyPeer | Batch | Position
 ToObserver = ToAnyPeer | Status
 

@@ -15,9 +15,12 @@ from databus.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Holding,
+    Leaving,
     PositionRequest,
     Released,
     Role,
+    Standing,
     StatusRequest,
     StepDone,
     ToBroker,
@@ -25,21 +28,23 @@ from databus.messages import (
     VersionPublished,
     WorkerStatus,
 )
+from databus.speed import Speed
 
 MAY_SEND: dict[Role, tuple[type, ...]] = {
-    "worker": (Heartbeat, Goodbye, Credits, Completed, Failed, Released, VersionApplied),
+    "worker": (Heartbeat, Goodbye, Credits, Holding, Completed, Failed, Released, VersionApplied, Leaving),
     "learner": (Heartbeat, Goodbye, BatchRequest, StepDone, VersionPublished, PositionRequest),
     "observer": (Heartbeat, Goodbye, StatusRequest),
 }
-RATE_WINDOW_S = 10.0
+
+MISSED_HEARTBEATS = 2
 
 
 @dataclass
 class Peer:
-    """route: of its connection. version: what a worker serves. announced: the newest version it was told of.
+    """route: of its connection. version: what a worker serves. announced: the newest version it was told of, and when.
 
-    credits: of `Credits.total`. received_tokens: of `Heartbeat.generated_tokens`, those whose groups have come in, or
-    never will.
+    credits: of `Credits.total`. standing: whether a worker gets leases. received_tokens: of
+    `Heartbeat.generated_tokens`, those whose groups have come in, or never will.
     """
 
     hello: Hello
@@ -47,12 +52,15 @@ class Peer:
     heard: float
     version: int
     announced: int
+    announced_at: float = 0.0
+    announced_address: str = ""
     credits: int = 0
     leases_sent: int = 0
     received_tokens: int = 0
     beat: Heartbeat = field(default_factory=Heartbeat)
-    tokens_per_s: float = 0.0
-    _measured: tuple[float, int] = (0.0, 0)
+    speed: Speed = field(default_factory=Speed)
+    standing: Standing = "working"
+    joined: float = field(default_factory=time.monotonic)
 
     @property
     def name(self) -> str:
@@ -62,20 +70,26 @@ class Peer:
     def role(self) -> Role:
         return self.hello.role
 
+    @property
+    def tokens_per_s(self) -> float:
+        return self.speed.tokens_per_s
+
+    def rejoin(self, hello: Hello) -> None:
+        """It had taken the broker for lost, or been lost itself: it keeps its leases, and its credits count anew."""
+        self.hello, self.joined = hello, time.monotonic()
+        self.credits = self.leases_sent = 0
+
     def take_heartbeat(self, beat: Heartbeat, now: float) -> None:
-        since, tokens = self._measured
-        if now - since >= RATE_WINDOW_S or beat.generated_tokens < tokens:
-            if since:
-                self.tokens_per_s = max(0, beat.generated_tokens - tokens) / (now - since)
-            self._measured = (now, beat.generated_tokens)
+        self.speed.take(beat, now)
         self.beat = beat
 
 
 class Peers:
     """The table of connected peers."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, heartbeat_s: float) -> None:
         self._timeout_s = timeout_s
+        self._missed_s = MISSED_HEARTBEATS * heartbeat_s
         self._peers: dict[str, Peer] = {}
 
     def __iter__(self) -> Iterator[Peer]:
@@ -112,6 +126,7 @@ class Peers:
     def add(self, hello: Hello, route: bytes) -> Peer:
         now = time.monotonic()
         peer = Peer(hello=hello, route=route, heard=now, version=hello.version, announced=hello.version)
+        peer.standing = "spare" if hello.spare else "working"
         self._peers[hello.name] = peer
         return peer
 
@@ -119,8 +134,13 @@ class Peers:
         return self._peers.pop(name, None)
 
     def silent(self, now: float) -> list[Peer]:
-        """Peers that have not been heard for too long."""
-        return [peer for peer in self if now - peer.heard > self._timeout_s]
+        """Peers that have not been heard for too long; of a role that is known to have ended, for long enough."""
+        return [
+            peer
+            for peer in self
+            if now - peer.heard > self._timeout_s
+            or (peer.role != "observer" and now - peer.heard > self._missed_s and not is_alive(peer.hello))
+        ]
 
     def worker_statuses(self, leased: dict[str, int], now: float) -> tuple[WorkerStatus, ...]:
         """Args: leased: groups each worker holds."""
@@ -132,6 +152,7 @@ class Peers:
                 running_sequences=peer.beat.running_sequences,
                 tokens_per_s=peer.tokens_per_s,
                 silent_s=now - peer.heard,
+                standing=peer.standing,
             )
             for peer in self.workers()
         )

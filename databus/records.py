@@ -89,8 +89,8 @@ class StateSaved(Struct, frozen=True, kw_only=True, tag=True):
     """First record of a segment, written as a checkpoint of `step` is made: from here one can go on without what lies
     before. Its completed groups follow at once as copies, as many as `num_copies`.
 
-    pending: as `databus.messages.Position`. counts: the ledger's totals. scheduling: of `Scheduler.save`.
-    num_leases: `order` of the next lease.
+    pending: as `databus.messages.Position`. to_lease: (cursor, attempt) of leases that come before any new cursor.
+    counts: the ledger's totals. scheduling: of `Scheduler.save`. num_leases: `order` of the next lease.
     """
 
     step: int
@@ -100,7 +100,15 @@ class StateSaved(Struct, frozen=True, kw_only=True, tag=True):
     counts: dict[str, int]
     groups: tuple[OpenGroup, ...]
     num_copies: int
+    to_lease: tuple[tuple[int, int], ...] = ()
     scheduling: bytes = b""
+
+
+class HistorySaved(Struct, frozen=True, kw_only=True, tag=True):
+    """After `StateSaved` and its copies: earlier completions of a problem, as `databus.history.encode_history`."""
+
+    problem_key: int
+    columns: tuple[Column, ...]
 
 
 class BrokerEnded(Struct, frozen=True, kw_only=True, tag=True):
@@ -110,4 +118,14 @@ class BrokerEnded(Struct, frozen=True, kw_only=True, tag=True):
     reason: str = ""
 
 
-Record = BrokerStarted | GroupLeased | GroupCompleted | GroupMoved | BatchCut | StepTaken | StateSaved | BrokerEnded
+Record = (
+    BrokerStarted
+    | GroupLeased
+    | GroupCompleted
+    | GroupMoved
+    | BatchCut
+    | StepTaken
+    | StateSaved
+    | HistorySaved
+    | BrokerEnded
+)

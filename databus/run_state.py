@@ -1,19 +1,22 @@
 """What the broker knows of a run; its desks share it, one thread works on it."""
 
 import time
+from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from msgspec import Struct
 
 from databus.batches import BatchQueue, CutBatch
+from databus.chronicle import Chronicle
 from databus.codec import Frame
 from databus.config import BrokerConfig
 from databus.evaluation import Evaluations
-from databus.leases import Leases
+from databus.leases import Held, Leases
 from databus.ledger import Ledger
 from databus.messages import Position, VersionPublished
+from databus.outbox import Outbox
 from databus.peers import Peers
 from databus.prompts import GroupFilter, Prompt, PromptSource
 from databus.scheduling import MostCredit, Placement, Scheduler
@@ -25,39 +28,46 @@ class RunFailed(RuntimeError):
     """The run cannot go on; the text is its first cause, one line for a person."""
 
 
-class LearnerLost(RunFailed):
-    """The learner has gone; what made it go is its own to tell."""
-
-
-class Send(Protocol):
-    def __call__(self, peer: str, message: Struct, frames: Sequence[Frame] = ()) -> bool:
-        """False if the peer is gone."""
-        ...
-
-
 @dataclass
 class RunState:
-    """step: the next one to be trained. versions: published ones, newest last. batch: cut, not done yet."""
+    """step: the next one to be trained. versions: published ones, newest last. batch: cut, not done yet; batch_cut:
+    when, on the monotonic clock.
+
+    trained: places in the journal, packed, of the groups of each step that was taken.
+    """
 
     config: BrokerConfig
     prompts: PromptSource
     evals: Sequence[Prompt]
     filters: Sequence[GroupFilter]
-    send: Send
+    outbox: Outbox
     ledger: Ledger
     gate: StalenessGate
     leases: Leases
     queue: BatchQueue
     evaluations: Evaluations
+    chronicle: Chronicle
     peers: Peers
     metrics: StepMetrics
     step: int
     versions: dict[int, VersionPublished] = field(default_factory=dict)
     batch: CutBatch | None = None
+    batch_cut: float = 0.0
     requested: int | None = None
     scheduler: Scheduler | None = None
     placement: Placement = field(default_factory=MostCredit)
+    trained: dict[int, "array[int]"] = field(default_factory=dict)
     progress: float = field(default_factory=time.monotonic)
+
+    @property
+    def newest_known(self) -> int:
+        """The newest version that anybody may have: the learner may not have told a new broker yet."""
+        published = self.config.start_step if self.newest is None else self.newest
+        return max(published, self.step + (self.batch is not None))
+
+    def send(self, peer: str, message: Struct, frames: Sequence[Frame] = ()) -> bool:
+        """Once what it promises is durable. False if the peer is gone."""
+        return self.outbox.send(peer, message, frames)
 
     @property
     def newest(self) -> int | None:
@@ -69,6 +79,19 @@ class RunState:
         """Groups that steps taken have used up, and completed ones; whatever the batch size was before a resumption."""
         return self.step * self.config.batch_groups + self.ledger.completed
 
+    def add_lease(self, group_id: str, cursor: int, worker: str, now: float) -> Held:
+        """A worker holds the group of this cursor. Args: now: on the monotonic clock."""
+        prompt = self.prompts.get(cursor)  # first: a scheduler draws the problem of a new cursor
+        predicted = 0 if self.scheduler is None else self.scheduler.predicted_tokens(cursor)
+        return self.leases.add(group_id, worker, prompt, now, predicted * self.config.group_size)
+
+    def held_by_worker(self) -> dict[str, int]:
+        """Groups that each worker holds, problems of an evaluation among them."""
+        held = Counter(self.leases.by_worker())
+        if self.evaluations.current is not None:
+            held.update(worker for worker, _ in self.evaluations.current.leased.values())
+        return held
+
     def touch(self) -> None:
         """Something went forward."""
         self.progress = time.monotonic()
@@ -79,24 +102,25 @@ def new_state(
     prompts: PromptSource,
     evals: Sequence[Prompt],
     filters: Sequence[GroupFilter],
-    send: Send,
+    outbox: Outbox,
     position: Position | None,
+    chronicle: Chronicle,
     scheduler: Scheduler | None = None,
     placement: Placement | None = None,
 ) -> RunState:
     """The state at the run's start, or at the checkpoint that `position` comes from."""
     gate = StalenessGate(config.max_staleness, config.batch_groups, config.stale_policy)
     ledger = (
-        Ledger(config.run_id)
+        Ledger(config.run_id, on_transition=chronicle.moved)
         if position is None
-        else Ledger(config.run_id, position.next_cursor, position.pending, position.counts)
+        else Ledger(config.run_id, position.next_cursor, position.pending, position.counts, chronicle.moved)
     )
     return RunState(
         config=config,
         prompts=prompts,
         evals=evals,
         filters=filters,
-        send=send,
+        outbox=outbox,
         ledger=ledger,
         gate=gate,
         leases=Leases(config.bus.lease_s),
@@ -104,7 +128,8 @@ def new_state(
         evaluations=Evaluations(
             len(evals), config.eval_every, config.steps, config.eval_threshold, config.eval_timeout_s
         ),
-        peers=Peers(config.bus.peer_timeout_s),
+        chronicle=chronicle,
+        peers=Peers(config.bus.peer_timeout_s, config.bus.heartbeat_s),
         metrics=StepMetrics(),
         step=config.start_step,
         scheduler=scheduler,

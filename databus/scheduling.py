@@ -28,6 +28,10 @@ class Scheduler(Protocol):
         """All that it needs to go on from here."""
         ...
 
+    def load(self, saved: bytes) -> None:
+        """Go on from what `save` gave. Raises: ValueError where it does not fit."""
+        ...
+
 
 class Load(NamedTuple):
     """What a worker has to do.

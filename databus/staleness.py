@@ -42,7 +42,7 @@ class StalenessGate:
 
         Under `mask` older tokens lose their loss, and the group is stale only once no token is left.
         """
-        versions = group.loss_versions()
+        versions = group.loss_versions
         if versions is None or not self.can_train(versions, step):
             return None
         if step - versions[0] <= self.max_staleness:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from databus.batches import CutBatch
+from databus.draft_metrics import DraftMetrics
 from databus.groups import Group
 from databus.messages import VersionApplied
 from databus.peers import Peer
@@ -20,8 +21,9 @@ class StepMetrics:
         self._since = time.monotonic()
         self._tokens = 0
         self._updates: list[VersionApplied] = []
-        self._drafts: dict[str, tuple[int, int, int]] = {}
-        self._last_drafts = (0, 0, 0)
+        self._drafting = DraftMetrics()
+        self._slow: dict[str, float] = {}
+        self._num_slow = 0
 
     def start(self) -> None:
         """All roles are up; only the first call counts."""
@@ -37,9 +39,13 @@ class StepMetrics:
     def applied(self, update: VersionApplied) -> None:
         self._updates.append(update)
 
+    def slow(self, worker: str, tokens_per_s: float) -> None:
+        """A worker is sent away for that; it is named in the next row."""
+        self._slow[f"slow/{worker}_tokens_per_s"] = tokens_per_s
+        self._num_slow += 1
+
     def heard(self, peer: Peer) -> None:
-        beat = peer.beat
-        self._drafts[f"{peer.name}/{peer.hello.pid}"] = (beat.drafted_tokens, beat.accepted_tokens, beat.draft_rounds)
+        self._drafting.heard(peer)
 
     def row(self, batch: CutBatch, learner: Mapping[str, float], queued: int, counts: Mapping[str, int]) -> dict:
         """The row of a step that was just taken."""
@@ -47,20 +53,12 @@ class StepMetrics:
         row: dict[str, float] = {"step": batch.step, "time_s": self.elapsed_s()}
         row |= _reward_metrics(batch) | _length_metrics(batch) | _staleness_metrics(batch)
         row["rollout/tokens_per_s"] = self._tokens / max(1e-9, now - self._since)
-        row |= self._draft_metrics() | self._weight_metrics()
+        row |= self._drafting.since_last() | self._weight_metrics()
         row["bus/queued_groups"] = queued
+        row |= {"bus/slow_workers": self._num_slow} | self._slow
         row |= {f"ledger/{state}_groups": count for state, count in counts.items()}
-        self._since, self._tokens, self._updates = now, 0, []
+        self._since, self._tokens, self._updates, self._slow = now, 0, [], {}
         return row | dict(learner)
-
-    def _draft_metrics(self) -> dict[str, float]:
-        totals = tuple(sum(column) for column in zip(*self._drafts.values(), strict=True)) or (0, 0, 0)
-        drafted, accepted, rounds = (new - old for new, old in zip(totals, self._last_drafts, strict=True))
-        self._last_drafts = totals
-        return {
-            "draft/acceptance": accepted / drafted if drafted > 0 else 0.0,
-            "draft/accepted_per_round": accepted / rounds if rounds > 0 else 0.0,
-        }
 
     def _weight_metrics(self) -> dict[str, float]:
         """Of the updates since the last step; 0 where there was none. Times are those of the slowest worker."""
@@ -84,19 +82,24 @@ def _reward_metrics(batch: CutBatch) -> dict[str, float]:
 def _length_metrics(batch: CutBatch) -> dict[str, float]:
     lengths = np.concatenate([item.group.lengths for item in batch.groups])
     truncated = np.concatenate([item.group.truncated for item in batch.groups])
+    masks = np.concatenate([item.group.loss_mask for item in batch.groups])
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_fraction": float(truncated.mean()),
+        "rollout/masked_fraction": float(1 - masks.mean()) if masks.size else 0.0,
     }
 
 
 def _staleness_metrics(batch: CutBatch) -> dict[str, float]:
     """Lags of loss-bearing tokens, in versions."""
-    lags = np.concatenate(
-        [batch.step - item.group.token_versions()[item.group.loss_mask.astype(bool)] for item in batch.groups]
-    )
-    return {"staleness/max_versions": float(lags.max()), "staleness/mean_versions": float(lags.mean())}
+    spans = [item.group.loss_tokens for item in batch.groups]
+    lags = batch.step - np.concatenate([versions for versions, _ in spans])
+    tokens = np.concatenate([tokens for _, tokens in spans])
+    return {
+        "staleness/max_versions": float(lags.max()),
+        "staleness/mean_versions": float(lags @ tokens / tokens.sum()),
+    }
 
 
 class RowQueue:

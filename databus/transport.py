@@ -16,7 +16,9 @@ import zmq
 
 from databus.address import check_address
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
-from databus.messages import Hello, ToBroker
+from databus.curve import Doorkeeper, role_of, use_client_keys, use_server_keys
+from databus.keys import ClientKeys, ServerKeys
+from databus.messages import Hello, Role, ToBroker
 
 logger = logging.getLogger(__name__)
 
@@ -24,22 +26,35 @@ MAX_FRAMES = 4096
 MAX_NAME_BYTES = 200
 ROUTE_TAG = "#"
 LINGER_MS = 2000
+HANDSHAKE_MS = 10_000
+"""A connection that has not shown a key by then is closed, so that strangers hold nothing for long."""
 SEND_QUEUE = 100_000
 """Messages that may wait for a slow peer; credits and heartbeats keep queues far below."""
 
 
 class Received(NamedTuple):
-    """A message that arrived at the broker, or what was wrong with it. route: of the connection it came by."""
+    """A message that arrived at the broker, or what was wrong with it.
+
+    route: of the connection it came by. role: of the key that the connection has; None where there are no keys.
+    """
 
     peer: str
     message: ToBroker | MalformedMessage
     frames: Sequence[Frame]
     route: bytes
+    role: Role | None = None
 
 
-def make_socket(context: zmq.Context, kind: int, max_message_bytes: int) -> zmq.Socket:
-    """The options that every socket of the bus has; the place where keys will be set, too."""
+def make_socket(
+    context: zmq.Context, kind: int, max_message_bytes: int, keys: ServerKeys | ClientKeys | None = None
+) -> zmq.Socket:
+    """The options that every socket of the bus has. Args: keys: None for plain text."""
     socket = context.socket(kind)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    if isinstance(keys, ServerKeys):
+        use_server_keys(socket, keys)
+    elif keys is not None:
+        use_client_keys(socket, keys)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
@@ -56,27 +71,30 @@ def new_route(name: str) -> bytes:
     """A route for one connection of the peer `name`. Raises: ValueError for a name that cannot be one."""
     if not 1 <= len(name.encode()) <= MAX_NAME_BYTES or ROUTE_TAG in name:
         raise ValueError(f"{name!r} cannot be a peer's name: 1 to {MAX_NAME_BYTES} bytes without {ROUTE_TAG!r}")
-    return f"{name}{ROUTE_TAG}{os.urandom(4).hex()}".encode()
+    return f"{name}{ROUTE_TAG}{os.urandom(8).hex()}".encode()
 
 
 class BrokerSocket:
     """The broker's ROUTER. Single-threaded."""
 
-    def __init__(self, address: str, max_message_bytes: int) -> None:
+    def __init__(self, address: str, max_message_bytes: int, keys: ServerKeys | None = None) -> None:
         """Raises: ValueError, one line, for an address that the bus may not use or that is taken."""
-        check_address(address)
+        check_address(address, encrypted=keys is not None)
         self._context = zmq.Context()
-        self._socket = make_socket(self._context, zmq.ROUTER, max_message_bytes)
+        self._doorkeeper = None if keys is None else Doorkeeper(self._context, keys.allowed)
+        self._socket = make_socket(self._context, zmq.ROUTER, max_message_bytes, keys)
         # Without this a message for a peer that is gone vanishes silently.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A peer that reconnects takes its old connection's place.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._decoder = msgspec.msgpack.Decoder(ToBroker)
         self._routes: dict[str, bytes] = {}
+        self.address = ""
         self._socket.setsockopt(zmq.IPV6, is_ipv6(address))
         try:
             _refuse_taken_ipc(address)
             self._socket.bind(address)
+            _keep_for_owner(address)
         except zmq.ZMQError as error:
             self.close()
             raise ValueError(
@@ -86,24 +104,37 @@ class BrokerSocket:
 
     def receive(self, timeout_s: float) -> Received | None:
         """The next message; None if none came in time. A malformed one is returned as what is wrong with it."""
-        if not self._socket.poll(max(0, int(timeout_s * 1000))):
+        parts = self._next_parts()
+        if parts is None and timeout_s > 0 and self._socket.poll(int(timeout_s * 1000)):
+            parts = self._next_parts()
+        if parts is None:
             return None
-        identity, *frames = self._socket.recv_multipart(copy=False)
+        identity, *frames = parts
         route = bytes(identity.buffer)
         peer = route.decode(errors="replace").partition(ROUTE_TAG)[0]
+        role = None if self._doorkeeper is None else role_of(identity)
         if not 1 <= len(frames) <= MAX_FRAMES:
-            return Received(peer, MalformedMessage(f"a message of {len(frames)} frames"), (), route)
+            return Received(peer, MalformedMessage(f"a message of {len(frames)} frames"), (), route, role)
         try:
             message = decode_header(frames[0].buffer, self._decoder)
         except MalformedMessage as error:
-            return Received(peer, error, (), route)
+            return Received(peer, error, (), route, role)
         if isinstance(message, Hello):
             self._routes.setdefault(peer, route)  # a free seat is taken by whoever asks first
-        return Received(peer, message, [frame.buffer for frame in frames[1:]], route)
+        return Received(peer, message, [frame.buffer for frame in frames[1:]], route, role)
+
+    def _next_parts(self) -> list[zmq.Frame] | None:
+        try:
+            return self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return None
 
     def seat(self, peer: str, route: bytes) -> None:
         """From now on the peer of this name is reached by this route."""
         self._routes[peer] = route
+
+    def has_seat(self, peer: str) -> bool:
+        return peer in self._routes
 
     def forget(self, peer: str) -> None:
         self._routes.pop(peer, None)
@@ -125,7 +156,17 @@ class BrokerSocket:
 
     def close(self) -> None:
         self._socket.close()
+        if self.address.startswith("ipc://"):  # zmq leaves it
+            Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
+        if self._doorkeeper is not None:
+            self._doorkeeper.close()
         self._context.term()
+
+
+def _keep_for_owner(address: str) -> None:
+    """There are no keys on ipc: whoever may write to the file may connect, by default the owner's group, too."""
+    if address.startswith("ipc://"):
+        os.chmod(address.removeprefix("ipc://"), 0o600)
 
 
 def _refuse_taken_ipc(address: str) -> None:

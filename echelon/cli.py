@@ -70,7 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_worker(commands)
     _add_watch(commands)
     _add_export(commands)
+    _add_audit(commands)
+    _add_replay(commands)
     _add_bench_draft(commands)
+    _add_keys(commands)
     return parser
 
 
@@ -86,7 +89,9 @@ def _add_worker(commands: "argparse._SubParsersAction[Parser]") -> None:
     worker = commands.add_parser("worker", help="join a run with another rollout worker, at any time")
     worker.add_argument("--join", required=True, metavar="DIR_OR_ADDRESS", help="the run's folder or its bus address")
     worker.add_argument("--name", help="name of the worker, unique in the run (default: worker-HOST-PID)")
+    worker.add_argument("--keys", metavar="DIR", help="the run's keys, where --join is an address on tcp")
     worker.add_argument("--recipe", metavar="PATH", help="the recipe, where it defines the reward and lies elsewhere")
+    worker.add_argument("--model", metavar="PATH", help="the initial model, where this machine has it elsewhere")
 
 
 def _add_watch(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -101,6 +106,35 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     export.add_argument("--step", type=int, help="the checkpoint of this step (default: the last one)")
 
 
+def _add_audit(commands: "argparse._SubParsersAction[Parser]") -> None:
+    audit = commands.add_parser("audit", help="prove from a run's journal that it kept its promises")
+    audit.add_argument("run_dir", metavar="RUN_DIR")
+    audit.add_argument("--json", action="store_true", help="a JSON object with all figures and all violations")
+
+
+def _add_replay(commands: "argparse._SubParsersAction[Parser]") -> None:
+    replay = commands.add_parser("replay", help="take a run's steps again from its journal and compare their figures")
+    replay.add_argument("run_dir", metavar="RUN_DIR")
+    replay.add_argument("--steps", default=":", metavar="FIRST:STOP", help="as a slice (default: all there are)")
+    replay.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=0.0,
+        metavar="X",
+        help="relative difference that passes (default: 0, the same bits, which a CPU gives)",
+    )
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+    return value
+
+
 def _add_bench_draft(commands: "argparse._SubParsersAction[Parser]") -> None:
     bench = commands.add_parser(
         "bench-draft", help="replay a run's completions through the drafter (draft.record=true)"
@@ -111,6 +145,13 @@ def _add_bench_draft(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--policy", choices=policies, default=policies[0], help="marginal fits its latencies to the replay's own"
     )
     bench.add_argument("--max-tokens", type=_draft_tokens, help="most tokens of a draft (default: the run's)")
+
+
+def _add_keys(commands: "argparse._SubParsersAction[Parser]") -> None:
+    keys = commands.add_parser("keys", help="make the keys with which other machines may join a run")
+    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
+    new = actions.add_parser("new", help="write a key pair for every role: broker, learner, worker, observer")
+    new.add_argument("dir", metavar="DIR", help="a folder that is empty or does not exist")
 
 
 def _draft_tokens(text: str) -> int:

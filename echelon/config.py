@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from databus.config import BusConfig, StalePolicy
+from databus.config import BusConfig, JournalConfig, StalePolicy
 from learner.config import LearnerConfig
 from rewards.config import RewardConfig
 from rollout.config import DraftConfig, RolloutConfig, SchedulingConfig
@@ -65,6 +65,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         tokens, or `requeue` its prompt.
     group_size, batch_groups: completions a prompt, prompts a batch.
     placement: `separate`: learner and engines are processes of their own, on devices of their own.
+    journal.keep: the broker's journal keeps all batches of the run, not only those since the oldest kept checkpoint.
     watchdog_s: a run without progress for so long is ended, with the first cause and every role's stack.
     """
 
@@ -84,4 +85,5 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     learner: LearnerConfig = LearnerConfig()
     eval: EvalConfig = EvalConfig()
     bus: BusConfig = BusConfig()
+    journal: JournalConfig = JournalConfig()
     wandb: WandbConfig = WandbConfig()

@@ -110,10 +110,14 @@ class Tally:
 
 
 class EchelonSpeculator:
-    """Our own (`rollout.drafting`). drafter: its `Drafter`; it has made all completions itself, so needs no history."""
+    """Our own (`rollout.drafting`). drafter: its `Drafter`; it has made all completions itself, so needs no history.
 
-    def __init__(self, drafter: Any) -> None:
+    max_tokens: of any completion, as the run allowed them. Their true lengths would tell it where to stop.
+    """
+
+    def __init__(self, drafter: Any, max_tokens: int) -> None:
         self._drafter = drafter
+        self._max_tokens = max_tokens
         self._slots: dict[int, int] = {}
 
     def begin(self, record: RolloutRecord) -> None:
@@ -125,9 +129,9 @@ class EchelonSpeculator:
                 history=(),
                 predicted_tokens=0,
                 group=xxhash.xxh3_64_intdigest(record.group_id.encode()) & KEY_MASK,
-                max_tokens=len(tokens),
+                max_tokens=self._max_tokens,
             )
-            for row, tokens in enumerate(record.completions())
+            for row in range(len(record.completions()))
         }
 
     def propose(self, rows: Sequence[int], new: Sequence[Array], scheduled: int, first: bool) -> list[Array]:

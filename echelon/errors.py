@@ -71,12 +71,13 @@ def role_main(
     set_up_logging(role)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the watchdog asks every role where it stands
     told_to_leave = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: _leave(told_to_leave))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _leave(told_to_leave))
     try:
         body()
     except Exception as error:
         if told_to_leave.is_set():  # whatever was under way was cut short; some libraries wrap what cuts it
-            logger.info("stopped by SIGTERM (%s)", message_of(error))
+            logger.info("told to stop (%s)", message_of(error))
             return SIGTERM_CODE
         logger.exception("%s failed", role)
         report = ErrorReport(time=time.time(), role=role, kind=_kind(error, consequences()), message=message_of(error))

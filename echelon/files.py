@@ -34,6 +34,13 @@ def keep_rows_before(path: Path, step: int) -> None:
         write_atomically(path, b"".join(msgspec.json.encode(row) + b"\n" for row in kept))
 
 
+def cut_torn_row(path: Path) -> None:
+    """Drop what follows the last whole row, so that the next one does not run into it."""
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
 class RowFollower:
     """Reads a growing file of JSON lines, each row once."""
 

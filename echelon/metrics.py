@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from databus.prompts import SampledGroup
+from echelon.files import cut_torn_row
 
 REQUIRED = (
     "step",
@@ -68,6 +69,8 @@ class RowWriter:
     """Appends rows to a file of JSON lines; a reader sees whole rows once they are written."""
 
     def __init__(self, file: Path) -> None:
+        """Goes on after the last whole row: a crash of the machine may have torn the one after it."""
+        cut_torn_row(file)
         self._file = file.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import time
 from databus.client import BusClient
 from databus.errors import BusError
 from databus.messages import Hello, Status, StatusRequest
+from echelon.run_folder import BusRecord
 
 ASK_EVERY_S = 0.5
 CONNECT_S = 10.0
@@ -16,16 +17,16 @@ CONNECT_S = 10.0
 class Observer:
     """Never waits, and never fails: a broker that does not answer is one that says nothing."""
 
-    def __init__(self, address: str, run_id: str) -> None:
+    def __init__(self, bus: BusRecord) -> None:
         """Connects, which may take a moment."""
         hello = Hello(
             role="observer",
             name=f"observer-{socket.gethostname()}-{os.getpid()}",
-            run_id=run_id,
+            run_id=bus.run_id,
             pid=os.getpid(),
             host=socket.gethostname(),
         )
-        self._client = BusClient(address, hello)
+        self._client = BusClient(bus.address, hello, keys=bus.client_keys("observer"))
         self._asked = 0.0
         self.lost = False
         try:

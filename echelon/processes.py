@@ -20,16 +20,25 @@ LINE_LENGTH = 300
 class Child:
     """One role's process. A session of its own keeps the terminal's Ctrl-C from it: the supervisor decides."""
 
-    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        """Start `python -m ARGUMENTS`, appending its output to `log`.
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ) -> None:
+        """Start `python -m ARGUMENTS`, appending its output to `log`. Args: stop_signal: tells it that the run ends.
 
         Call it from the main thread: children ask the kernel to die with the thread that started them.
         """
         self.name = name
+        self._stop_signal = stop_signal
         self.log = log
         self.started = time.monotonic()
         self.exited_at: float | None = None
         with log.open("ab") as output:
+            self._log_start = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 env=dict(environment),
@@ -50,21 +59,37 @@ class Child:
             self.exited_at = time.time()
         return code
 
+    def killed_by(self) -> int | None:
+        """The signal that ended it, or one of torchrun's ranks; None where none did."""
+        code = self.exit_code() or 0
+        if code <= 0:
+            return -code or None
+        return _signal_of_a_rank(self._last_words())
+
     def how_it_ended(self) -> str:
         """`was killed by SIGKILL`: the signal that ended it, or one of torchrun's ranks, else the exit code."""
         code = self.exit_code() or 0
-        killed_by = -code if code < 0 else _signal_of_a_rank(self.log)
+        killed_by = self.killed_by()
         if killed_by:
             hint = " (out of memory, perhaps)" if killed_by == signal.SIGKILL else ""
             return f"was killed by {_signal_name(killed_by)}{hint}"
         words = f"ended with exit code {code}"
-        return f"{words}: {last_line}" if code and (last_line := _last_line(self.log)) else words
+        return f"{words}: {last_line}" if code and (last_line := _last_line(self._last_words())) else words
+
+    def _last_words(self) -> str:
+        """The end of its log, without what another of its name had written before."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(self._log_start, self.log.stat().st_size - REPORT_BYTES))
+                return file.read().decode(errors="replace")
+        except OSError:
+            return ""
 
     def terminate(self) -> None:
         """Ask it to leave; it tells its own children."""
         if self.exit_code() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGTERM)
+                os.kill(self.pid, self._stop_signal)
 
     def kill(self) -> None:
         """End it and all of its process group, however busy."""
@@ -73,14 +98,21 @@ class Child:
 
     def role_processes(self, module: str) -> list[int]:
         """Process ids that run `python -m module`: its own, or torchrun's ranks below it."""
+        return [each.pid for each in self._family() if _runs(each, module)]
+
+    def scoring_processes(self) -> list[int]:
+        """Process ids of a worker's pool that answer SIGUSR1; a process that does not expect it would end of it."""
+        return [each.pid for each in self._family() if _is_spawned(each) and _catches(each.pid, signal.SIGUSR1)]
+
+    def _family(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
-            return [each.pid for each in (process, *process.children(recursive=True)) if _runs(each, module)]
+            return [process, *process.children(recursive=True)]
         return []
 
 
 def stop_all(children: Iterable[Child], grace_s: float) -> None:
-    """SIGTERM, then SIGKILL to the process group of whoever still runs after `grace_s`; reaps them all."""
+    """Their stop signals, then SIGKILL to the process group of whoever still runs after `grace_s`; reaps them all."""
     running = [child for child in children if child.exit_code() is None]
     for child in running:
         child.terminate()
@@ -115,31 +147,40 @@ def child_environment(root: Path, defaults: Mapping[str, str]) -> dict[str, str]
 
 def _runs(process: psutil.Process, module: str) -> bool:
     """Only `python … -m module …`: torchrun's agent names the module, too, but runs another."""
-    try:
-        words = process.cmdline()
-    except psutil.Error:
-        return False
+    words = _words(process)
     return "-m" in words and words[words.index("-m") + 1 :][:1] == [module]
 
 
-def _signal_of_a_rank(log: Path) -> int | None:
+def _is_spawned(process: psutil.Process) -> bool:
+    """By Python's multiprocessing, and still what it was spawned as: vLLM's processes take other names."""
+    return any("spawn_main" in word for word in _words(process))
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _catches(pid: int, number: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def _signal_of_a_rank(log: str) -> int | None:
     """torchrun's agent survives its ranks and exits with 1; its report says `exitcode  : -9 (pid: 123)`."""
-    found = re.findall(r"exitcode\s*:\s*-(\d+)", _tail(log))
+    found = re.findall(r"exitcode\s*:\s*-(\d+)", log)
     return int(found[0]) if found else None
 
 
-def _last_line(log: Path) -> str:
+def _last_line(log: str) -> str:
     """What it said last: of a traceback, the error."""
-    return next((line.strip() for line in reversed(_tail(log).splitlines()) if line.strip()), "")[:LINE_LENGTH]
-
-
-def _tail(log: Path) -> str:
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - REPORT_BYTES))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
+    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")[:LINE_LENGTH]
 
 
 def _signal_name(number: int) -> str:

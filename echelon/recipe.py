@@ -1,23 +1,22 @@
 """From a recipe script and its overrides to the configuration of a run."""
 
-import importlib.util
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
 
+from databus.config import BusConfig
 from echelon.config import RunConfig
 from echelon.overrides import apply_overrides
 from echelon.settings import to_config
 from echelon.validate import validate
 from learner.checks import ADVANTAGE_SETTING, names_function
-from rewards.resolve import BUILT_IN, REWARD_SETTING, describe, split_reference
+from rewards.python_file import describe, import_file
+from rewards.resolve import BUILT_IN, REWARD_SETTING, split_reference
 from rollout.config import why_not_sampling
 
 RECIPE_FILE = "recipe.py"
@@ -53,7 +52,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _call_recipe(file: Path) -> Any:
-    module = _import(file)
+    module = import_file(file)
+    del sys.modules[module.__name__]
     function: Callable[[], Any] | None = getattr(module, "recipe", None)
     if not callable(function):
         raise ValueError(f"{file} has no function recipe(): it must return the run's RunConfig")
@@ -62,22 +62,6 @@ def _call_recipe(file: Path) -> Any:
     except (Exception, SystemExit) as error:
         why = why_not_sampling(str(error))
         raise ValueError(f"{file}: recipe() failed: {describe(error, file)}{why}") from error
-
-
-def _import(file: Path) -> ModuleType:
-    name = f"_echelon_recipe_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{file} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and the like look their module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{file} cannot be imported: {describe(error, file)}") from error
-    finally:
-        del sys.modules[name]
-    return module
 
 
 def _checked(returned: Any, file: Path) -> RunConfig:
@@ -108,8 +92,19 @@ def _with_absolute_paths(config: RunConfig, file: Path) -> RunConfig:
     if names_function(advantage.estimator):
         estimator = _function_reference(advantage.estimator, file, ADVANTAGE_SETTING)
         advantage = msgspec.structs.replace(advantage, estimator=estimator)
-    learner = msgspec.structs.replace(config.learner, advantage=advantage)
-    return msgspec.structs.replace(config, model=_absolute(config.model), data=data, reward=reward, learner=learner)
+    return msgspec.structs.replace(
+        config,
+        model=_absolute(config.model),
+        data=data,
+        reward=reward,
+        learner=msgspec.structs.replace(config.learner, advantage=advantage),
+        bus=_with_absolute_keys(config.bus),
+    )
+
+
+def _with_absolute_keys(bus: BusConfig) -> BusConfig:
+    """ "auto" is a word, anything else a folder."""
+    return bus if bus.keys == "auto" else msgspec.structs.replace(bus, keys=str(Path(bus.keys).expanduser().resolve()))
 
 
 def _absolute(text: str) -> str:

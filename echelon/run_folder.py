@@ -1,20 +1,23 @@
 """The folder of a run: every path in it, its lock, and whether a run may use it.
 
-config.json  recipe.py  run.json  lock  bus.json  prompts/  tokenizer/
-checkpoints/  metrics.jsonl  samples.jsonl  rollouts.bin  logs/
+config.json  recipe.py  run.json  lock  bus.json  keys/  prompts/  tokenizer/
+journal/  checkpoints/  metrics.jsonl  samples.jsonl  rollouts.bin  logs/
 """
 
 import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from databus.config import BusConfig
+from databus.keys import ClientKeys, KeyHolder, ServerKeys, client_keys, new_keys, server_keys
+from databus.messages import Role
 from echelon.config import RunConfig
 from echelon.files import read_rows, write_atomically
 from echelon.recipe import RECIPE_FILE, Recipe
@@ -32,10 +35,19 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BusRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """bus.json: where the broker of the run listens, once it does."""
+    """bus.json: where the broker of the run listens, once it does. keys: folder of the run's keys; "": plain text."""
 
     address: str
     run_id: str
+    keys: str = ""
+
+    def client_keys(self, role: Role, server: KeyHolder = "broker") -> ClientKeys | None:
+        """What `role` connects with. Raises: ValueError, one line, where its key is missing or no key."""
+        return client_keys(Path(self.keys), role, server) if self.keys else None
+
+    def server_keys(self, holder: KeyHolder, allowed: Sequence[Role]) -> ServerKeys | None:
+        """What `holder` listens with. Raises: ValueError, as above."""
+        return server_keys(Path(self.keys), holder, allowed) if self.keys else None
 
 
 class RunFolder:
@@ -52,11 +64,13 @@ class RunFolder:
         self.train_prompts = self.prompts / "train.jsonl"
         self.eval_prompts = self.prompts / "eval.jsonl"
         self.tokenizer = self.path / "tokenizer"
+        self.journal = self.path / "journal"
         self.checkpoints = self.path / "checkpoints"
         self.metrics_file = self.path / "metrics.jsonl"
         self.samples_file = self.path / "samples.jsonl"
         self.rollouts_file = self.path / "rollouts.bin"
         self.logs = self.path / "logs"
+        self.own_keys = self.path / "keys"
 
     def log_file(self, role: str) -> Path:
         return self.logs / f"{role}.log"
@@ -78,6 +92,17 @@ class RunFolder:
             return msgspec.json.decode(self.bus_file.read_bytes(), type=BusRecord)
         except (OSError, msgspec.MsgspecError):
             return None
+
+    def keys(self, bus: BusConfig) -> Path | None:
+        """Where the run's keys are; None where its sockets are plain."""
+        if not bus.encrypted:
+            return None
+        return self.own_keys if bus.keys == "auto" else Path(bus.keys)
+
+    def make_keys(self, bus: BusConfig) -> None:
+        """The run's own keys, unless it has some, or needs none, or was given others."""
+        if self.keys(bus) == self.own_keys and not self.own_keys.exists():
+            new_keys(self.own_keys)
 
     def _read(self, file: Path, kind: type[Any]) -> Any:
         try:
@@ -136,6 +161,7 @@ class RunFolder:
         self.bus_file.unlink(missing_ok=True)
         if not resume:
             self.rollouts_file.unlink(missing_ok=True)
+            shutil.rmtree(self.journal, ignore_errors=True)
         shutil.rmtree(self.prompts, ignore_errors=True)
         for folder in (self.prompts, self.checkpoints, self.logs):
             folder.mkdir(exist_ok=True)

@@ -1,14 +1,12 @@
 """One run from its first process to its last: start, watch, restart what may be restarted, stop all, say why."""
 
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from databus.messages import WorkerStatus
+from databus.messages import Status, WorkerStatus
 from echelon.cli import OK
 from echelon.config import RunConfig
 from echelon.failures import RunFailed, first_cause, names
@@ -17,20 +15,20 @@ from echelon.interrupts import Interrupts
 from echelon.observer import Observer
 from echelon.processes import Child, wait_all
 from echelon.progress import Progress
+from echelon.replacements import MAX_RESTARTS, Replacements
 from echelon.roster import BROKER, LEARNER, PREPARE, Roster
 from echelon.run_folder import RunFolder
 from echelon.view import View
 from echelon.wandb_sink import WandbSink
+from echelon.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
 BROKER_START_S = 60.0
 SETTLE_S = 1.5
-STACKS_S = 1.0
 GRACE_S = 10.0
 END_S = 60.0
-MAX_RESTARTS = 3
 ENGINE_NAMES = {"vllm": "vLLM", "small": "the small engine"}
 
 
@@ -50,8 +48,9 @@ class Supervisor:
         self._observer: Observer | None = None
         self._follower = RowFollower(folder.metrics_file)
         self._ready: set[str] = set()
-        self._restarts: dict[str, int] = {}
-        self._progress_at = time.monotonic()
+        self._progress_at = self._status_at = time.monotonic()
+        self._watchdog = Watchdog(self._roster, folder.log_file("watchdog"))
+        self._replacements = Replacements(config.rollout.drain_s + GRACE_S)
 
     def run(self) -> int:
         """Returns: 0 when the run has finished. Raises: RunFailed; Interrupted. No process is left either way."""
@@ -83,7 +82,7 @@ class Supervisor:
         self._roster.start_broker()
         self._wait_for_broker()
         self._roster.start_learner()
-        for index in range(self._config.rollout.workers):
+        for index in range(self._config.rollout.workers + self._config.rollout.spares):
             self._roster.start_worker(index)
 
     def _wait_for_broker(self) -> None:
@@ -93,7 +92,7 @@ class Supervisor:
             self._check_children()
             bus = self._folder.bus()
             if bus is not None and self._observer is None:
-                self._observer = Observer(bus.address, bus.run_id)
+                self._observer = Observer(bus)
             if time.monotonic() > deadline:
                 raise RunFailed(f"the broker did not answer within {BROKER_START_S:.0f} s (log: {self._log(BROKER)})")
 
@@ -119,10 +118,15 @@ class Supervisor:
         """What has to happen all the time. Raises: Interrupted."""
         time.sleep(TICK_S)
         self._interrupts.check()
-        if self._observer is not None:
-            self._progress.status = self._observer.poll() or self._progress.status
+        self._ask_broker()
         self._read_rows()
         self._view.update(self._progress)
+
+    def _ask_broker(self) -> None:
+        status = None if self._observer is None else self._observer.poll()
+        if status is not None:
+            self._progress.status, self._status_at = status, time.monotonic()
+            self._replacements.take(status.drained, self._roster.children)
 
     def _read_rows(self) -> None:
         rows = self._follower.new_rows()
@@ -135,29 +139,39 @@ class Supervisor:
             self._view.note(warning)
 
     def _has_ended(self) -> bool:
-        return all(self._roster.children[role].exit_code() == 0 for role in (BROKER, LEARNER))
+        """The learner ends well only when the broker tells it to, which then has nothing left to do."""
+        children = self._roster.children
+        if BROKER not in children or LEARNER not in children:
+            return False
+        return children[LEARNER].exit_code() == 0 and children[BROKER].exit_code() is not None
 
     def _note_ready(self) -> None:
         """Who has said hello to the broker, and which phase follows from it."""
         status = self._progress.status
         if status is None:
             return
-        present = {LEARNER} if status.learner_ready else set()
+        present = {LEARNER} if self._learner_is_present(status) else set()
         present |= {worker.name for worker in status.workers if self._is_present(worker)}
         if present - self._ready:
             self._ready |= present
             self._progress_at = time.monotonic()
-        self._progress_at = max(self._progress_at, time.monotonic() - status.last_progress_s)
+        self._progress_at = max(self._progress_at, self._status_at - status.last_progress_s)
         missing = self._missing()
         if missing:
             self._enter(f"starting {names([self._title(name) for name in missing])}")
         else:
             self._enter("finishing" if status.phase in ("finishing", "finished") else "training")
 
+    def _learner_is_present(self, status: Status) -> bool:
+        return status.learner_ready and self._was_heard(LEARNER, status.learner_silent_s)
+
     def _is_present(self, worker: WorkerStatus) -> bool:
+        return self._was_heard(worker.name, worker.silent_s)
+
+    def _was_heard(self, name: str, silent_s: float) -> bool:
         """False for one that the broker still knows but that has died, and is being started again."""
-        child = self._roster.children.get(worker.name)
-        return child is None or worker.silent_s < time.monotonic() - child.started
+        child = self._roster.children.get(name)
+        return child is None or silent_s < time.monotonic() - child.started
 
     def _missing(self) -> list[str]:
         """Roles that have been started and are not ready."""
@@ -172,32 +186,32 @@ class Supervisor:
         missing = self._missing()
         for child in (self._roster.children[name] for name in missing):
             if time.monotonic() - child.started > limit:
-                self._dump_stacks()
+                self._report()
                 raise RunFailed(f"{child.name} did not become ready within {limit:.0f} s (log: {child.log})")
         silent_s = time.monotonic() - self._progress_at
         if not missing and silent_s > self._config.watchdog_s:
-            self._dump_stacks()
             raise RunFailed(
                 f"no progress for {silent_s:.0f} s after step {self._progress.steps_done} of {self._progress.steps} "
-                f"(watchdog_s={self._config.watchdog_s:g}); where each role stands is in {self._folder.logs}"
+                f"(watchdog_s={self._config.watchdog_s:g}): {self._report()}"
             )
 
-    def _dump_stacks(self) -> None:
-        for pid in self._roster.role_processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
-        time.sleep(STACKS_S)
+    def _report(self) -> str:
+        return self._watchdog.report(self._progress.status, time.monotonic() - self._status_at)
 
     # ------------------------------------------------------------ processes that end
 
     def _check_children(self) -> None:
-        """Restarts workers that died. Raises: RunFailed for everything else that should not have ended."""
+        """Restarts what died and may come back. Raises: RunFailed for everything else that should not have ended."""
         for child in list(self._roster.children.values()):
             if child.exit_code() is None or self._may_end(child):
                 continue
             time.sleep(SETTLE_S)  # others may be about to say what came first
+            self._ask_broker()
             if self._may_restart(child):
                 self._restart(child)
+            elif self._may_go_without(child):
+                self._view.note(f"{child.name} {self._why_gone(child)}: going on without it")
+                del self._roster.children[child.name]
             else:
                 raise first_cause(self._roster.children.values(), self._folder.logs)
 
@@ -206,22 +220,45 @@ class Supervisor:
         status = self._progress.status
         over = status is not None and status.phase in ("finishing", "finished")
         others = (self._roster.children.get(role) for role in (BROKER, LEARNER))
+        if child.name == BROKER and self._has_ended():
+            return True
         return child.exit_code() == 0 and (over or any(other and other.exit_code() == 0 for other in others))
 
     def _may_restart(self, child: Child) -> bool:
+        may_return = self._is_worker_of_a_living_run(child) or self._goes_on_from_disk(child)
+        return may_return and self._replacements.may_restart(child.name)
+
+    def _goes_on_from_disk(self, child: Child) -> bool:
+        """Broker and learner go on from what they have written down, unless they ended for a reason of their own.
+
+        Where one rank of the learner was killed, the others' reports are its consequences.
+        """
+        for_a_reason = child.exit_code() == 0 or self._folder.error_file(child.name).exists()
+        has_begun = child.name == BROKER or (child.name == LEARNER and LEARNER in self._ready)
+        return has_begun and (child.killed_by() is not None or not for_a_reason)
+
+    def _may_go_without(self, child: Child) -> bool:
+        """Too slow too often; as long as another works, that is no reason to end the run."""
+        others = [name for name in self._roster.children if name not in (BROKER, LEARNER, child.name)]
+        return self._is_worker_of_a_living_run(child) and child.name in self._replacements.drained and bool(others)
+
+    def _is_worker_of_a_living_run(self, child: Child) -> bool:
         essential = [self._roster.children.get(role) for role in (BROKER, LEARNER)]
         return (
             child.name not in (BROKER, LEARNER)
             and child.name in self._ready
-            and self._restarts.get(child.name, 0) < MAX_RESTARTS
             and all(other is not None and other.exit_code() is None for other in essential)
         )
 
     def _restart(self, child: Child) -> None:
-        count = self._restarts[child.name] = self._restarts.get(child.name, 0) + 1
-        self._view.note(f"{child.name} {child.how_it_ended()}: starting it again ({count} of {MAX_RESTARTS})")
+        count = self._replacements.restarted(child.name)
+        self._view.note(f"{child.name} {self._why_gone(child)}: starting it again ({count} of {MAX_RESTARTS})")
         self._ready.discard(child.name)
-        self._roster.restart_worker(child)
+        self._roster.restart(child)
+
+    def _why_gone(self, child: Child) -> str:
+        reason = self._replacements.drained.get(child.name)
+        return child.how_it_ended() if reason is None else f"was sent away ({reason})"
 
     # ------------------------------------------------------------ stop
 

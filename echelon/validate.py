@@ -4,6 +4,8 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from databus.address import check_address
+from databus.keys import PEERS, client_keys, server_keys
 from echelon.config import RunConfig
 from learner.checks import check_learner
 from rollout.config import NoCurriculum, PassRateBand
@@ -35,6 +37,8 @@ def check_machine(config: RunConfig) -> None:
     _check_model(config.model)
     for key, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         _check_data_source(key, source)
+    if config.bus.encrypted and config.bus.keys != "auto":
+        _check_keys(Path(config.bus.keys))
     if config.rollout.engine == "vllm" and find_spec("vllm") is None:
         raise ValueError("rollout.engine is vllm, which is not installed: run `make setup` (GPU=1 for its CUDA build)")
 
@@ -82,6 +86,8 @@ def _check_learner(config: RunConfig) -> None:
 
 def _check_bus(config: RunConfig) -> None:
     bus = config.bus
+    if bus.address != "auto":
+        check_address(bus.address, bus.encrypted)
     if bus.peer_timeout_s < 2 * bus.heartbeat_s:
         raise ValueError(
             f"bus.peer_timeout_s is {bus.peer_timeout_s:g}, too short for a heartbeat every bus.heartbeat_s="
@@ -99,6 +105,13 @@ def _check_scheduling(config: RunConfig) -> None:
         raise ValueError(
             f"scheduling.curriculum.low is {curriculum.low:g} and high {curriculum.high:g}: low must be below high"
         )
+
+
+def _check_keys(folder: Path) -> None:
+    """A run needs all of them: it starts every role."""
+    server_keys(folder, "broker")
+    for role in PEERS:
+        client_keys(folder, role)
 
 
 def _check_model(model: str) -> None:

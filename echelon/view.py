@@ -5,11 +5,13 @@ import time
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from databus.messages import WorkerStatus
 from echelon.metrics import EVALUATION
 from echelon.progress import Progress, Row
 from echelon.summary import duration, number, summary_table
@@ -176,12 +178,18 @@ def _roles(progress: Progress) -> list[tuple[str, str]]:
     status = progress.status
     assert status is not None
     counts = "  ".join(f"{name} {status.counts.get(name, 0)}" for name in ("trained", "stale", "filtered", "failed"))
-    workers = ", ".join(f"{worker.name} v{worker.version}" for worker in status.workers) or "no worker yet"
+    workers = ", ".join(map(_worker, status.workers)) or "no worker yet"
     learner = f"learner v{status.version}" if status.learner_ready else "no learner yet"
     return [
         ("versions", f"{learner}, {workers}"),
         ("groups", f"{counts}  [dim]queued {status.queued_groups}, running {status.running_groups}[/]"),
+        *([("disk", f"[red]nothing is acknowledged: {escape(status.disk_full)}[/]")] if status.disk_full else []),
     ]
+
+
+def _worker(worker: WorkerStatus) -> str:
+    standing = "" if worker.standing == "working" else f" ({worker.standing})"
+    return f"{worker.name} v{worker.version}{standing}"
 
 
 def sparkline(values: list[float]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 from msgspec import Struct
 
 from databus.codec import Frame
-from databus.messages import Refused, Stop
+from databus.messages import Refused, Stop, Welcome
 
 Reply = TypeVar("Reply", bound=Struct)
 
@@ -44,9 +44,17 @@ class BrokerLink:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._stopped = False
+        self._said: dict[type[Struct], Struct] = {}
 
     def send(self, message: Struct) -> None:
+        """Tell the broker something; the last of each kind is told again with every question that is asked again."""
+        self._said[type(message)] = message
         self._bus.send(message)
+
+    def _say_again(self) -> None:
+        """A message may have been lost; the broker ignores copies."""
+        for message in self._said.values():
+            self._bus.send(message)
 
     def request(
         self,
@@ -68,11 +76,15 @@ class BrokerLink:
         resend_at = 0.0
         while (now := time.monotonic()) < deadline:
             if now >= resend_at:
+                if resend_at:
+                    self._say_again()
                 self._bus.send(question)
                 resend_at = now + RESEND_S
             received = self._receive(min(POLL_S, deadline - now), through_stop)
             if received is None:
                 while_waiting()
+            elif isinstance(received[0], Welcome):
+                resend_at = 0.0
             elif isinstance(received[0], reply_type) and wanted(received[0]):
                 return received
         raise RuntimeError(f"no {reply_type.__name__} from the broker within {timeout_s:.0f} s of asking {question}")
@@ -80,11 +92,15 @@ class BrokerLink:
     def wait_for_stop(self, timeout_s: float) -> None:
         """Raises: RunStoppedError if something failed; RuntimeError if the run does not end within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
+        resend_at = time.monotonic() + RESEND_S
         while not self._stopped:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            now = time.monotonic()
+            if now >= deadline:
                 raise RuntimeError(f"the broker did not end the run within {timeout_s:.0f} s of its last step")
-            self._receive(min(POLL_S, left), through_stop=True)
+            if now >= resend_at:
+                self._say_again()
+                resend_at = now + RESEND_S
+            self._receive(min(POLL_S, deadline - now), through_stop=True)
 
     def _receive(self, timeout: float, through_stop: bool) -> tuple[Any, Sequence[Frame]] | None:
         received = self._bus.recv(timeout)
@@ -93,6 +109,8 @@ class BrokerLink:
                 if not (ok and through_stop):
                     raise RunStoppedError(reason, ok)
                 self._stopped = True
+            case (Welcome(), _):  # of a new broker, or one that had given this learner up
+                self._say_again()
             case (Refused(reason=reason), _):
                 raise RuntimeError(f"the broker refused the learner: {reason}")
         return received

@@ -60,6 +60,11 @@ def latest_checkpoint(checkpoints_dir: Path) -> Path | None:
     return next(reversed(list_checkpoints(checkpoints_dir)), None)
 
 
+def oldest_checkpoint(checkpoints_dir: Path) -> int:
+    """Steps taken at the oldest checkpoint; 0 where there is none: then one can only go on from the beginning."""
+    return next((int(path.name.partition("-")[2]) for path in list_checkpoints(checkpoints_dir)), 0)
+
+
 def read_trainer_state(checkpoint: Path) -> TrainerState:
     """Raises: ValueError, in one line, where there is no complete checkpoint."""
     try:

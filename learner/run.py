@@ -12,13 +12,14 @@ from typing import Literal, Protocol
 import torch
 import torch.distributed as dist
 
+from databus.keys import ServerKeys
 from learner.advantage_function import AdvantageFunction
 from learner.batch import BatchFeed
 from learner.bus import BrokerLink, Bus, RunStoppedError
 from learner.checkpoint import load_checkpoint
 from learner.checkpoint_folder import read_trainer_state
 from learner.config import LearnerConfig
-from learner.model import ModelOptions, build_model
+from learner.model import ModelOptions, PolicyModel, build_model
 from learner.optimizer import build_optimizer, resume_schedule
 from learner.reference import build_reference
 from learner.snapshot import Snapshotter
@@ -40,10 +41,10 @@ class LearnerRun:
     """What the learner needs to know of a run beside its own settings.
 
     model: folder or hub id. serving_dtype, temperature: of the rollout workers. bus_address: where the broker
-    listens; it decides where the weight server listens. resume_from: a checkpoint folder. batch_timeout_s: how
-    long to wait for one batch. end_timeout_s: how long after the last step the broker may take to end the run.
-    collective_timeout_s: how long a rank waits for the others. advantage_function: the one that
-    `advantage.estimator` names, if it names one.
+    listens; it decides where the weight server listens. weight_keys: of that server; None for plain text. resume_from:
+    a checkpoint folder. batch_timeout_s: how long to wait for one batch. end_timeout_s: how long after the last step
+    the broker may take to end the run. collective_timeout_s: how long a rank waits for the others. advantage_function:
+    the one that `advantage.estimator` names, if it names one.
     """
 
     model: str
@@ -53,6 +54,7 @@ class LearnerRun:
     seed: int
     checkpoints_dir: Path
     bus_address: str
+    weight_keys: ServerKeys | None = None
     resume_from: Path | None = None
     batch_timeout_s: float = 3600.0
     end_timeout_s: float = 3600.0
@@ -68,8 +70,8 @@ def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[i
         rank 0 only.
     Raises: ValueError for what a user wrote (model, checkpoint, number of steps); RuntimeError for the rest.
     """
-    start_step = _start_step(config, run)
-    _set_up_torch(config, run.seed)
+    start_step = start_step_of(config, run)
+    set_up_torch(config, run.seed)
     try:
         with process_group(config.device, run.collective_timeout_s), ExitStack() as stack:
             first_rank = None
@@ -100,7 +102,7 @@ def process_group(device: str, timeout_s: float) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _start_step(config: LearnerConfig, run: LearnerRun) -> int:
+def start_step_of(config: LearnerConfig, run: LearnerRun) -> int:
     if run.resume_from is None:
         return 0
     step = read_trainer_state(run.resume_from).step
@@ -111,7 +113,7 @@ def _start_step(config: LearnerConfig, run: LearnerRun) -> int:
     return step
 
 
-def _set_up_torch(config: LearnerConfig, seed: int) -> None:
+def set_up_torch(config: LearnerConfig, seed: int) -> None:
     torch.manual_seed(seed)
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -125,12 +127,31 @@ def _connect(
 ) -> FirstRank:
     bus = bus_factory(start_step)
     stack.callback(bus.close)
-    weights = WeightServer(run.bus_address, keep=max(MIN_KEPT_VERSIONS, run.max_staleness + 2))
+    weights = WeightServer(run.bus_address, keep=max(MIN_KEPT_VERSIONS, run.max_staleness + 2), keys=run.weight_keys)
     stack.callback(weights.close)
     return FirstRank(broker=BrokerLink(bus), weights=weights)
 
 
 def _build(config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: FirstRank | None) -> Trainer:
+    policy, train_step = build_train_step(config, run, start_step)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    broker = None if first_rank is None else first_rank.broker
+    return Trainer(
+        config=config,
+        model=run.model,
+        start_step=start_step,
+        checkpoints_dir=run.checkpoints_dir,
+        world_size=world_size,
+        policy=policy,
+        train_step=train_step,
+        feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
+        snapshotter=Snapshotter(policy.causal_lm, run.serving_dtype, rank),
+        first_rank=first_rank,
+    )
+
+
+def build_train_step(config: LearnerConfig, run: LearnerRun, start_step: int) -> tuple[PolicyModel, TrainStep]:
+    """Model, optimizer and schedule as they are before step `start_step`; within a process group."""
     options = ModelOptions(
         device=config.device,
         dtype=config.dtype,
@@ -144,17 +165,4 @@ def _build(config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: 
         load_checkpoint(run.resume_from, policy.causal_lm, optimizer)
         resume_schedule(scheduler, start_step)
     reference = build_reference(run.model, options) if config.loss.kl_coef > 0 else None
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    broker = None if first_rank is None else first_rank.broker
-    return Trainer(
-        config=config,
-        model=run.model,
-        start_step=start_step,
-        checkpoints_dir=run.checkpoints_dir,
-        world_size=world_size,
-        policy=policy,
-        train_step=TrainStep(policy, optimizer, scheduler, config, reference, run.advantage_function),
-        feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
-        snapshotter=Snapshotter(policy.causal_lm, run.serving_dtype, rank),
-        first_rank=first_rank,
-    )
+    return policy, TrainStep(policy, optimizer, scheduler, config, reference, run.advantage_function)

@@ -9,7 +9,7 @@ from databus.messages import Position, PositionRequest, StepDone, VersionPublish
 from learner.batch import BatchFeed
 from learner.bus import BrokerLink
 from learner.checkpoint import save_checkpoint
-from learner.checkpoint_folder import TrainerState
+from learner.checkpoint_folder import TrainerState, oldest_checkpoint
 from learner.config import LearnerConfig
 from learner.model import PolicyModel
 from learner.snapshot import Snapshotter
@@ -105,7 +105,7 @@ class Trainer:
         if self.first_rank is None:
             return None
         position, _ = self.first_rank.broker.request(
-            PositionRequest(step=steps_done),
+            PositionRequest(step=steps_done, oldest_checkpoint=oldest_checkpoint(self.checkpoints_dir)),
             Position,
             lambda position: position.step == steps_done,
             POSITION_TIMEOUT_S,

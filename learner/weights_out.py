@@ -11,13 +11,18 @@ import msgspec
 import zmq
 
 from databus.codec import MalformedMessage, decode_header, encode_header
+from databus.curve import Doorkeeper
+from databus.keys import ServerKeys
 from databus.messages import Chunk, ChunkRequest, FromWeightServer, ManifestRequest, ToWeightServer, VersionGone
+from databus.transport import make_socket
 from learner.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
 POLL_MS = 100
 MAX_REQUEST_BYTES = 4096
+MAX_UNREAD_ANSWERS = 64
+"""More than a worker keeps asked for: one that asks and does not read holds no more than this of the snapshots."""
 NONE_KEPT = -1
 
 
@@ -27,10 +32,10 @@ class WeightServer:
     Requests that make no sense are ignored and counted, as are answers that a peer does not take.
     """
 
-    def __init__(self, bus_address: str, keep: int) -> None:
-        """Bind beside the bus: on loopback TCP where the bus is on TCP, otherwise on ipc in a private folder.
+    def __init__(self, bus_address: str, keep: int, keys: ServerKeys | None = None) -> None:
+        """Bind beside the bus: on the same host where the bus is on TCP, otherwise on ipc in a private folder.
 
-        Args: keep: versions kept, at least 1.
+        Args: keep: versions kept, at least 1. keys: None for plain text.
         Raises: zmq.ZMQError if nothing can be bound.
         """
         self.malformed_requests = 0
@@ -41,9 +46,10 @@ class WeightServer:
         self._stop = threading.Event()
         self._folder: Path | None = None
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
+        self._doorkeeper = None if keys is None else Doorkeeper(self._context, keys.allowed)
+        self._socket = make_socket(self._context, zmq.ROUTER, MAX_REQUEST_BYTES, keys)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
+        self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD_ANSWERS)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.address = self._bind(bus_address)
         self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
@@ -82,8 +88,11 @@ class WeightServer:
                 if self._socket.poll(POLL_MS):
                     self._answer(self._socket.recv_multipart())
         finally:
-            # Sockets belong to one thread: this one closes it. destroy() waits for no peer (LINGER 0).
-            self._context.destroy(linger=0)
+            # Sockets belong to one thread: this one closes it, and waits for no peer (LINGER 0).
+            self._socket.close(linger=0)
+            if self._doorkeeper is not None:
+                self._doorkeeper.close()
+            self._context.term()
 
     def _answer(self, frames: list[bytes]) -> None:
         peer, *parts = frames

@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 MIN_OPERANDS, MAX_OPERANDS, MEAN_OPERANDS = 2, 14, 5.0
@@ -23,12 +24,17 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCABULARY = [PAD, BOS, EOS, *"0123456789+=;#"]
 
 
-def draw_operands(rng: random.Random) -> list[int]:
-    """Operands 1 to 9; their number is exponential, cut to 2..14."""
+def short_chains_mostly(rng: random.Random) -> int:
+    """A number of operands, exponential, cut to 2..14."""
     while True:
         count = MIN_OPERANDS + int(rng.expovariate(1 / (MEAN_OPERANDS - MIN_OPERANDS)))
         if count <= MAX_OPERANDS:
-            return [rng.randint(1, 9) for _ in range(count)]
+            return count
+
+
+def all_lengths_alike(rng: random.Random) -> int:
+    """A number of operands, 2..14 equally often."""
+    return rng.randint(MIN_OPERANDS, MAX_OPERANDS)
 
 
 def solution(operands: list[int]) -> str:
@@ -40,11 +46,16 @@ def solution(operands: list[int]) -> str:
     return ";".join([*steps, f"#{total}"])
 
 
-def draw_problems(rng: random.Random, count: int, taken: set[str]) -> list[dict[str, str]]:
-    """`count` problems whose prompts are not in `taken`, which grows by them."""
+def draw_problems(
+    rng: random.Random,
+    count: int,
+    taken: set[str],
+    num_operands: Callable[[random.Random], int] = short_chains_mostly,
+) -> list[dict[str, str]]:
+    """`count` problems, of operands 1 to 9, whose prompts are not in `taken`, which grows by them."""
     problems: list[dict[str, str]] = []
     while len(problems) < count:
-        operands = draw_operands(rng)
+        operands = [rng.randint(1, 9) for _ in range(num_operands(rng))]
         prompt = "+".join(map(str, operands)) + "="
         if prompt not in taken:
             taken.add(prompt)
@@ -123,7 +134,7 @@ def warm_start(model, rng: random.Random, validation: list[dict[str, str]], held
     for step in range(1, args.max_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, step / 40) * max(0.1, 1 - step / args.max_steps)
-        input_ids, labels = collate(draw_problems(rng, 32, set(held_out)))
+        input_ids, labels = collate(draw_problems(rng, 32, set(held_out), all_lengths_alike))
         loss = model(input_ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

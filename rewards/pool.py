@@ -13,7 +13,8 @@ from pebble import ProcessExpired, ProcessPool
 
 from rewards.config import RewardConfig
 from rewards.errors import RewardError
-from rewards.resolve import RewardFunction, describe, load_reward
+from rewards.python_file import describe
+from rewards.resolve import RewardFunction, load_reward
 from rewards.sample import Sample
 
 START_TIMEOUT_S = 120.0

@@ -1,13 +1,10 @@
 """From a function's reference in the configuration, a reward's above all, to the function itself."""
 
-import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from rewards.python_file import import_file
 from rewards.sample import Sample
 
 RewardFunction = Callable[[Sample], Any]
@@ -32,7 +29,11 @@ def load_reward(reference: str, base_dir: Path) -> RewardFunction:
 def load_function(reference: str, base_dir: Path, setting: str = REWARD_SETTING) -> Callable[..., Any]:
     """The function that a `PATH.py:FUNCTION` reference in `setting` names. Raises: ValueError, as `load_reward`."""
     path, name = split_reference(reference, base_dir, setting)
-    function = getattr(_import_file(path, f"{setting}={reference!r}"), name, None)
+    try:
+        module = import_file(path)
+    except ValueError as error:
+        raise ValueError(f"{setting}={reference!r}: {error}") from error
+    function = getattr(module, name, None)
     if function is None:
         raise ValueError(f"{setting}={reference!r}: {path} has no function {name!r}")
     if not callable(function):
@@ -50,38 +51,3 @@ def split_reference(reference: str, base_dir: Path, setting: str = REWARD_SETTIN
     if not path.is_file():
         raise ValueError(f"{setting}={reference!r}: no such file: {path}")
     return path, name
-
-
-def _import_file(path: Path, source: str) -> ModuleType:
-    module_name = f"echelon_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{source}: {path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and the like look their module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        raise ValueError(f"{source}: importing {path} failed: {describe(error, path)}") from error
-    return module
-
-
-def describe(error: BaseException, path: Path | None = None) -> str:
-    """`Type: message (file:line)` in one line; the line is the last one inside `path` where there is one."""
-    text = " ".join(str(error).split()) or "no message"
-    place = _place(error, path)
-    return f"{type(error).__name__}: {text}" + (f" ({place})" if place else "")
-
-
-def _place(error: BaseException, path: Path | None) -> str:
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    frames: list[tuple[str, int]] = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frames.append((traceback.tb_frame.f_code.co_filename, traceback.tb_lineno))
-        traceback = traceback.tb_next
-    inside = [frame for frame in frames if path is not None and frame[0] == str(path)]
-    last = inside[-1:] or frames[-1:]
-    return f"{last[0][0]}:{last[0][1]}" if last else ""

@@ -50,6 +50,8 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Rollout workers and their engines.
 
     workers: how many the supervisor starts; more may join later (`echelon worker --join`).
+    spares: started beside them, and given nothing to do until one of the workers is lost or sent away.
+    drain_s: how long a worker that is told to leave (SIGTERM) goes on with groups that are nearly done.
     engine: `vllm`, or `small`, a slow deterministic engine on a transformers model for tests.
     device, dtype: where the engine runs and its serving dtype, the one that weights are published in.
     max_sequences: sequences that one engine runs at once; with `group_size` it gives the worker's credit.
@@ -64,6 +66,8 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     workers: PositiveInt = 1
+    spares: Annotated[int, Meta(ge=0)] = 0
+    drain_s: Annotated[float, Meta(ge=0)] = 20.0
     engine: Literal["vllm", "small"] = "vllm"
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -69,6 +69,7 @@ class LeaseWork:
                     prompt_ids=lease.prompt_ids,
                     group_size=lease.group_size,
                     sampling=lease.sampling,
+                    cursor=lease.cursor,
                     predicted_tokens=lease.predicted_tokens,
                     problem=lease.problem_key,
                     history=tuple((each.version, each.token_ids) for each in past),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -18,12 +19,17 @@ from rewards.pool import RewardPool
 from rollout.config import DraftConfig, RolloutConfig
 from rollout.engine.base import Engine
 from rollout.engine.factory import make_engine
+from rollout.history_in import HistoryReader
+from rollout.lease_work import LeaseWork
+from rollout.versions import Pull
+from rollout.weights_in import pull_snapshot
 from rollout.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 60.0
 
+OnSignal = Callable[[int], None]
 MakeClient = Callable[[int, Callable[[], Heartbeat]], BusClient]
 
 
@@ -33,60 +39,70 @@ class RunFailedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerRun:
-    """model: folder or hub id; the initial policy, version 0. reward_dir: what a reward's path is relative to."""
+    """model: folder or hub id; the initial policy, version 0. reward_dir: what a reward's path is relative to.
+
+    pull: fetches a version from where it was announced.
+    """
 
     model: str
     seed: int
     group_size: int
     reward_dir: Path
     draft: DraftConfig = field(default_factory=DraftConfig)
+    pull: Pull = pull_snapshot
 
 
 async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun, make_client: MakeClient) -> None:
-    """Work until the broker says stop, or this process gets SIGTERM.
+    """Work until the broker says stop, or this process is told to leave (SIGTERM) or to stop (SIGINT).
 
     Args: make_client: from the version that the engine serves and a source of heartbeats, a client not connected yet.
     Raises: ValueError for what a user wrote; RunFailedError where the run failed elsewhere; else what broke: BusError,
         EngineDead, PullError, UpdateFailed, WorkerRefusedError.
     """
     engine = make_engine(config, run.model, run.seed, version=0, draft=run.draft)
-    pool = RewardPool(reward, run.reward_dir, initializer=die_with_parent)
+    pool = RewardPool(reward, run.reward_dir, initializer=prepare_scoring)
     with interrupts() as on_signal:
         try:
             await pool.start()
             await engine.start()
             logger.info("engine ready, version %d", engine.version)
             detokenize = await asyncio.to_thread(load_detokenizer, run.model)
-            client = make_client(engine.version, lambda: heartbeat(engine))
-            stop = await _serve(client, engine, pool, detokenize, config, run, on_signal)
+            histories = HistoryReader()
+            client = make_client(engine.version, lambda: heartbeat(engine, histories))
+            work = LeaseWork(engine, pool, detokenize, histories)
+            stop = await _serve(client, work, config, run, on_signal)
         finally:
             await asyncio.gather(engine.close(), pool.close(), return_exceptions=True)
     if not stop.ok:
         raise RunFailedError(stop.reason)
 
 
+def prepare_scoring() -> None:
+    """In every process of the pool: it ends with its parent, and tells where it stands when it is asked."""
+    die_with_parent()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
 async def _serve(
     client: BusClient,
-    engine: Engine,
-    pool: RewardPool,
-    detokenize: Callable[[Sequence[int]], str],
+    work: LeaseWork,
     config: RolloutConfig,
     run: WorkerRun,
-    on_signal: "list[Callable[[], None]]",
+    on_signal: "list[OnSignal]",
 ) -> Stop:
     await asyncio.to_thread(client.connect, CONNECT_S)
     goodbye = "failed"
     try:
         worker = Worker(
             client,
-            engine,
-            pool,
-            detokenize,
+            work,
             group_size=run.group_size,
             max_sequences=config.max_sequences,
             ahead=config.ahead,
+            pull=run.pull,
+            drain_s=config.drain_s,
         )
-        on_signal.append(lambda: worker.stop("told to stop"))
+        on_signal.append(lambda number: _told(worker, number))
         stop = await worker.run()
         goodbye = stop.reason
         return stop
@@ -94,14 +110,19 @@ async def _serve(
         await asyncio.to_thread(client.close, goodbye)
 
 
-def heartbeat(engine: Engine) -> Heartbeat:
+def _told(worker: Worker, number: int) -> None:
+    """A scheduler's SIGTERM leaves time to finish; a person's Ctrl-C, and a supervisor that ends the run, do not."""
+    if number == signal.SIGTERM:
+        worker.leave("told to leave")
+    else:
+        worker.stop("told to stop")
+
+
+def heartbeat(engine: Engine, histories: HistoryReader) -> Heartbeat:
     stats = engine.stats()
+    drafting = {**stats.drafting, "malformed_histories": histories.malformed} if stats.drafting else {}
     return Heartbeat(
-        running_sequences=stats.running_sequences,
-        generated_tokens=stats.generated_tokens,
-        drafted_tokens=stats.drafted_tokens,
-        accepted_tokens=stats.accepted_tokens,
-        draft_rounds=stats.draft_rounds,
+        running_sequences=stats.running_sequences, generated_tokens=stats.generated_tokens, drafting=drafting
     )
 
 
@@ -114,22 +135,22 @@ def load_detokenizer(model: str) -> Callable[[Sequence[int]], str]:
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator["list[Callable[[], None]]"]:
-    """While inside, SIGTERM and SIGINT call what was last put on the list.
+def interrupts() -> "Iterator[list[OnSignal]]":
+    """While inside, SIGTERM and SIGINT call what was last put on the list, with their number.
 
     While it is empty the process ends at once: it holds no lease, and its children are tied to its life. Waiting for
     a model to be loaded before leaving would take a minute.
     """
-    actions: list[Callable[[], None]] = []
+    actions: list[OnSignal] = []
 
-    def interrupted() -> None:
+    def interrupted(number: int) -> None:
         if not actions:
-            os._exit(128 + signal.SIGTERM)
-        actions[-1]()
+            os._exit(128 + number)
+        actions[-1](number)
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, interrupted)
+        loop.add_signal_handler(number, interrupted, number)
     try:
         yield actions
     finally:

@@ -30,11 +30,17 @@ class VersionFollower:
         self._newest: VersionAnnounced | None = None
         self._announced = asyncio.Event()
         self._switch = asyncio.Lock()
+        self._stop_pull = threading.Event()
 
     def announce(self, message: VersionAnnounced) -> None:
-        if self._newest is None or message.version > self._newest.version:
+        """A learner that came back serves from another address, at first older versions; the old one is silent."""
+        newest = self._newest
+        has_moved = newest is not None and message.address != newest.address
+        if newest is None or has_moved or message.version > newest.version:
             self._newest = message
             self._announced.set()
+        if has_moved:
+            self._stop_pull.set()
 
     @contextlib.asynccontextmanager
     async def steady(self) -> AsyncIterator[None]:
@@ -52,8 +58,10 @@ class VersionFollower:
                 failures = 0
             except VersionGoneError as error:
                 logger.warning("%s; waiting for a newer one", error)
-                await self._newer_than(target)
+                await self._other_than(target)
             except (PullError, UpdateFailed) as error:
+                if self._has_moved(target):
+                    continue
                 failures += 1
                 logger.warning("serving version %d still: %s", self._engine.version, error)
                 if failures == MAX_FAILURES:
@@ -65,10 +73,13 @@ class VersionFollower:
             await self._announced.wait()
         return self._newest
 
-    async def _newer_than(self, gone: VersionAnnounced) -> None:
+    def _has_moved(self, target: VersionAnnounced) -> bool:
+        return self._newest is not None and self._newest.address != target.address
+
+    async def _other_than(self, gone: VersionAnnounced) -> None:
         try:
             async with asyncio.timeout(GONE_TIMEOUT_S):
-                while self._newest is None or self._newest.version <= gone.version:
+                while self._newest is gone:
                     self._announced.clear()
                     await self._announced.wait()
         except TimeoutError:
@@ -76,7 +87,7 @@ class VersionFollower:
 
     async def _apply(self, target: VersionAnnounced) -> None:
         started = time.monotonic()
-        stop = threading.Event()
+        self._stop_pull = stop = threading.Event()
         try:
             snapshot = await asyncio.to_thread(self._pull, target.address, target.version, target.num_bytes, stop)
         finally:

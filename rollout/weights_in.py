@@ -17,8 +17,9 @@ import zmq
 
 from databus.address import check_address
 from databus.codec import MalformedMessage, decode_header, encode_header
+from databus.keys import ClientKeys
 from databus.messages import Chunk, ChunkRequest, FromWeightServer, Manifest, ManifestRequest, VersionGone
-from databus.transport import make_socket
+from databus.transport import is_ipv6, make_socket
 from rollout.engine.base import Snapshot
 from rollout.engine.tensors import first_mismatch
 
@@ -48,18 +49,25 @@ class PullLimits:
 
 
 def pull_snapshot(
-    address: str, version: int, num_bytes: int, stop: threading.Event, limits: PullLimits | None = None
+    address: str,
+    version: int,
+    num_bytes: int,
+    stop: threading.Event,
+    limits: PullLimits | None = None,
+    keys: ClientKeys | None = None,
 ) -> Snapshot:
     """Fetch `version`, check every tensor's xxh3, and return it; whoever gets it closes it. Blocks for seconds.
 
-    Args: num_bytes: its size as it was announced. stop: once set, the pull ends within a moment.
+    Args: num_bytes: its size as it was announced. stop: once set, the pull ends within a moment. keys: None for plain
+        text.
     Raises: VersionGoneError; PullError for silence, a wrong answer, or a checksum that does not match; ValueError for
         an address that the bus may not use.
     """
     context = zmq.Context()
-    socket = make_socket(context, zmq.DEALER, MAX_MESSAGE_BYTES)
+    socket = make_socket(context, zmq.DEALER, MAX_MESSAGE_BYTES, keys)
+    socket.setsockopt(zmq.IPV6, is_ipv6(address))
     try:
-        socket.connect(check_address(address))
+        socket.connect(check_address(address, encrypted=keys is not None))
         return _Pull(socket, version, num_bytes, stop, limits or PullLimits()).run()
     except MalformedMessage as error:
         raise PullError(f"version {version}: the weight server sent something malformed: {error}") from error
@@ -138,7 +146,7 @@ class _Pull:
         if silence > self.limits.silence_s:
             raise PullError(f"version {self.version}: the weight server has been silent for {silence:.0f} s")
         if self.stop.is_set():
-            raise PullError(f"version {self.version}: given up, the worker stops")
+            raise PullError(f"version {self.version}: given up")
         if not self.socket.poll(POLL_MS):
             return None
         header, *frames = self.socket.recv_multipart(copy=False)

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple, Protocol
 
 from msgspec import Struct
@@ -21,22 +21,29 @@ from databus.messages import (
     Cancel,
     Completed,
     Credits,
+    Drain,
     Failed,
+    Holding,
     Lease,
+    Leaving,
     Refused,
     Released,
     Stop,
     VersionAnnounced,
     VersionApplied,
+    Welcome,
 )
-from rollout.engine.base import Engine
-from rollout.lease_work import Detokenize, LeaseWork, Outcome, Scorer
+from rollout.lease_work import LeaseWork, Outcome
+from rollout.leaving import Durations, nearly_done
 from rollout.versions import Pull, VersionFollower
 from rollout.weights_in import pull_snapshot
 
 logger = logging.getLogger(__name__)
 
 RESEND_S = 10.0
+DRAIN_S = 20.0
+LAST_ACKS_S = 5.0
+POLL_S = 0.05
 
 
 class WorkerRefusedError(Exception):
@@ -63,52 +70,84 @@ class _Unsettled(NamedTuple):
 
 
 class Worker:
-    """One engine's leases. `run` until the broker stops it, `stop` is called, or something breaks."""
+    """One engine's leases. `run` until the broker stops it, `leave` or `stop` is called, or something breaks."""
 
     def __init__(
         self,
         bus: Bus,
-        engine: Engine,
-        scorer: Scorer,
-        detokenize: Detokenize,
+        work: LeaseWork,
         *,
         group_size: int,
         max_sequences: int,
         ahead: float = 0.0,
         pull: Pull = pull_snapshot,
+        drain_s: float = DRAIN_S,
     ) -> None:
-        """Args: ahead: groups to hold beyond those that `max_sequences` has room for, as a share of these."""
+        """Args: ahead: groups to hold beyond those that `max_sequences` has room for, as a share of these.
+        drain_s: how long a worker that leaves goes on with what it has begun.
+        """
         self._bus = bus
         self._capacity = credit_groups(max_sequences, group_size, ahead)
-        self._work = LeaseWork(engine, scorer, detokenize)
-        self._versions = VersionFollower(engine, self._applied, pull)
+        self._work = work
+        self._versions = VersionFollower(work.engine, self._applied, pull)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unsettled: dict[str, _Unsettled] = {}
         self._in_engine: set[str] = set()
         self._freed = 0
+        self._version = work.engine.version
+        self._durations = Durations()
+        self._drain_s = drain_s
+        self._leaving = ""
+        self._told_to_leave = asyncio.Event()
         self._end: asyncio.Future[Stop] | None = None
 
     async def run(self) -> Stop:
-        """Why it ended: the broker's `Stop`, or the one given to `stop`.
+        """Why it ended: the broker's `Stop`, or what `leave` or `stop` was told.
 
         Raises: BusError; EngineDead; PullError; UpdateFailed; WorkerRefusedError: one line for a person each.
         """
         self._end = asyncio.get_running_loop().create_future()
         self._grant()
-        loops = [asyncio.ensure_future(each) for each in (self._listen(), self._versions.run(), self._resend())]
+        work = (self._listen(), self._versions.run(), self._resend(), self._leave_when_told())
+        loops = [asyncio.ensure_future(each) for each in work]
         try:
             return await self._first_end(loops)
         finally:
             await _cancel([*loops, *self._running.values()])
 
+    def leave(self, reason: str) -> None:
+        """End `run` once what is nearly done is done; take nothing more. A second time: at once."""
+        if self._leaving:
+            self.stop(reason)
+            return
+        self._leaving = reason
+        self._told_to_leave.set()
+
     def stop(self, reason: str) -> None:
-        """End `run` in good order: what is unfinished goes back to the broker. Call it in the event loop."""
+        """End `run` at once: what is unfinished goes back to the broker. Call it in the event loop, as `leave`."""
         if self._end is None or self._end.done():
             return
         self._end.set_result(Stop(reason=reason))
-        if self._running:
-            with contextlib.suppress(BusError):  # `run` tells of it
-                self._bus.send(Released(group_ids=tuple(self._running)))
+        with contextlib.suppress(BusError):  # `run` tells of it
+            self._hand_back(set(self._running))
+
+    async def _leave_when_told(self) -> None:
+        await self._told_to_leave.wait()
+        self._bus.send(Leaving(reason=self._leaving))
+        kept = nearly_done(self._durations.ages(), self._durations.usual(), self._drain_s)
+        logger.info("leaving (%s): finishing %d of %d groups", self._leaving, len(kept), len(self._running))
+        self._hand_back(self._running.keys() - kept)
+        await _wait_while(lambda: bool(self._running), self._drain_s)
+        self._hand_back(set(self._running))
+        await _wait_while(lambda: bool(self._unsettled), LAST_ACKS_S)
+        self._finish(Stop(reason=self._leaving))
+
+    def _hand_back(self, group_ids: Set[str]) -> None:
+        if not group_ids:
+            return
+        self._bus.send(Released(group_ids=tuple(group_ids)))
+        for group_id in group_ids:
+            self._drop(group_id)
 
     async def _first_end(self, loops: "Sequence[asyncio.Future[None]]") -> Stop:
         assert self._end is not None
@@ -137,6 +176,11 @@ class Worker:
                     logger.info("group %s was not taken: %s", group_id, reason)
             case VersionAnnounced():
                 self._versions.announce(message)
+            case Drain(reason=reason):
+                self._told_to_leave.set()
+                self._leaving = self._leaving or reason
+            case Welcome():
+                self._rejoined()
             case Stop():
                 self._finish(message)
             case Refused(reason=reason):
@@ -152,6 +196,10 @@ class Worker:
     def _take(self, lease: Lease, frames: Sequence[Frame]) -> None:
         if lease.group_id in self._running or lease.group_id in self._unsettled:
             return  # a copy
+        if self._leaving:  # it was on its way already
+            self._bus.send(Released(group_ids=(lease.group_id,)))
+            return
+        self._durations.begin(lease.group_id)
         if lease.purpose == "train":
             self._in_engine.add(lease.group_id)
         self._running[lease.group_id] = task = asyncio.ensure_future(self._answer(lease, frames))
@@ -165,6 +213,7 @@ class Worker:
     def _done(self, group_id: str, task: "asyncio.Task[None]") -> None:
         if self._running.get(group_id) is task:
             del self._running[group_id]
+        self._durations.end(group_id, completed=group_id in self._unsettled)
         if self._end is None or self._end.done():
             return
         self._free(group_id)
@@ -185,10 +234,15 @@ class Worker:
         if group_id in self._in_engine:
             self._in_engine.discard(group_id)
             self._freed += 1
-            self._grant()
+            if not self._leaving:
+                self._grant()
 
     def _grant(self) -> None:
         self._bus.send(Credits(total=self._capacity + self._freed))
+
+    def _holding(self) -> Holding:
+        group_ids = (*self._running, *self._unsettled)
+        return Holding(group_ids=group_ids, credits=self._capacity + self._freed, version=self._version)
 
     # ------------------------------------------------------------ what goes out
 
@@ -202,12 +256,23 @@ class Worker:
         """Results stay here until they are acknowledged: a broker that came back may have lost them."""
         while True:
             await asyncio.sleep(RESEND_S / 4)
+            self._bus.send(self._holding())
             now = time.monotonic()
             for group_id, unsettled in list(self._unsettled.items()):
                 if now - unsettled.sent > RESEND_S:
                     self._send(group_id, unsettled.outcome)
 
+    def _rejoined(self) -> None:
+        """The broker is a new one, or had given this worker up: credits count anew, and what was sent may be lost."""
+        self._bus.send(self._holding())
+        for group_id, unsettled in list(self._unsettled.items()):
+            self._send(group_id, unsettled.outcome)
+        self._freed = -len(self._in_engine)
+        if not self._leaving:
+            self._grant()
+
     def _applied(self, message: VersionApplied) -> None:
+        self._version = message.version
         self._bus.send(message)
 
 
@@ -215,6 +280,12 @@ def credit_groups(max_sequences: int, group_size: int, ahead: float) -> int:
     """How many groups a worker holds at once."""
     room = max(1, max_sequences // group_size)
     return room + math.ceil(ahead * room)
+
+
+async def _wait_while(waiting: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while waiting() and time.monotonic() < deadline:
+        await asyncio.sleep(POLL_S)
 
 
 async def _cancel(tasks: "Sequence[asyncio.Future[None]]") -> None:

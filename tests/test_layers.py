@@ -93,6 +93,11 @@ def test_supervisor_loads_nothing_heavy() -> None:
     assert not loaded_after("import echelon.commands.run, echelon.commands.watch") & HEAVY
 
 
+def test_audit_loads_nothing_heavy() -> None:
+    """Replay compares in a process without torch; the ranks that it starts have it."""
+    assert not loaded_after("import echelon.commands.audit, echelon.commands.replay") & HEAVY
+
+
 def test_help_loads_nothing_but_argparse() -> None:
     code = "from echelon.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
     loaded = loaded_after(code)

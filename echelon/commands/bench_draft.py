@@ -37,7 +37,7 @@ def execute(args: argparse.Namespace, make_drafter: MakeDrafter | None = None) -
     assert make_drafter is not None
     context = config.rollout.context_tokens
     drafter = make_drafter(draft, max_sequences=size, vocab_size=vocabulary, context_tokens=context)
-    replayers = {OURS: GroupReplayer(EchelonSpeculator(drafter))}
+    replayers = {OURS: GroupReplayer(EchelonSpeculator(drafter, config.rollout.max_tokens))}
     if arctic_is_installed():
         replayers[ARCTIC] = GroupReplayer(ArcticSpeculator(draft.max_tokens))
     tallies = replay_all(read_rollouts(folder.rollouts_file), replayers)

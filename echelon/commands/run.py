@@ -5,6 +5,7 @@ import shlex
 import time
 from pathlib import Path
 
+from databus.journal import segments
 from echelon.failures import RunFailed
 from echelon.files import keep_rows_before
 from echelon.interrupts import Interrupted
@@ -33,9 +34,11 @@ def execute(args: argparse.Namespace) -> int:
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.locked():
         record = folder.claim(recipe, args.resume)
+        folder.make_keys(recipe.config.bus)
         first_step = _first_step(folder, recipe) if args.resume else 0
-        for file in (folder.metrics_file, folder.samples_file):
-            keep_rows_before(file, first_step)
+        if not segments(folder.journal):  # with a journal, every row that there is stays true
+            for file in (folder.metrics_file, folder.samples_file):
+                keep_rows_before(file, first_step)
         return _supervise(args, recipe, folder, record, first_step)
 
 

@@ -50,7 +50,7 @@ def _follow(folder: RunFolder, progress: Progress, view: View) -> None:
         alive = folder.is_in_use()
         bus = folder.bus()
         if alive and bus is not None and observer is None:
-            observer = Observer(bus.address, bus.run_id)
+            observer = Observer(bus)
         _update(progress, view, follower, observer)
         if alive:
             time.sleep(TICK_S)

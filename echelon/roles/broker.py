@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from databus.address import resolve_address
+from databus.address import reachable, resolve_address
 from databus.broker import Broker
 from databus.config import BrokerConfig, HistoryConfig
+from databus.journal import Journal, read_journal, recover
+from databus.keys import server_keys
 from databus.messages import Position
 from databus.prompts import Prompt, SampledGroup
-from databus.run_state import LearnerLost
 from echelon.config import RunConfig
-from echelon.errors import SIGTERM_CODE, FollowsAnother, role_main
-from echelon.files import write_atomically
+from echelon.errors import SIGTERM_CODE, role_main
+from echelon.files import read_rows, write_atomically
 from echelon.metrics import RowWriter, sample_rows
 from echelon.prompt_files import PromptFile, ScheduledPrompts
 from echelon.rollout_record import RolloutWriter
@@ -55,10 +56,14 @@ def serve(folder: RunFolder) -> None:
     """Raises: ValueError for an address that cannot be used; RunFailed where the run cannot go on."""
     signal.signal(signal.SIGTERM, _terminate)
     config = folder.config()
-    start_step, position = where_to_start(folder)
+    segment = recover(folder.journal)
+    has_past = any(True for _ in read_journal(folder.journal))
+    # The journal knows all that happened; a run from before there were journals goes on from its checkpoint alone.
+    start_step, position = (0, None) if has_past else where_to_start(folder)
     prompts = PromptFile(folder.train_prompts, config.seed, config.data.shuffle)
     evals = read_evaluation(folder) if config.eval.every > 0 else []
     scheduler = make_scheduler(config, prompts, position)
+    keys = folder.keys(config.bus)
     broker = Broker(
         broker_config(folder, start_step),
         ScheduledPrompts(prompts, scheduler.problem_of),
@@ -69,17 +74,20 @@ def serve(folder: RunFolder) -> None:
         scheduler=scheduler,
         placement=LeastRemaining(),
         recorder=RolloutWriter(folder.rollouts_file, len(prompts)) if config.draft.record else None,
+        keys=None if keys is None else server_keys(keys, "broker"),
+        journal=Journal(folder.journal, segment),
+        past=read_journal(folder.journal),
+        first_row=len(read_rows(folder.metrics_file)),
     )
-    record = BusRecord(address=broker.address, run_id=folder.record().run_id)
+    address = reachable(broker.address)
+    record = BusRecord(address=address, run_id=folder.record().run_id, keys="" if keys is None else str(keys))
     write_atomically(folder.bus_file, msgspec.json.encode(record))
-    logger.info("listening on %s, from step %d, %d prompts", broker.address, start_step, len(prompts))
+    how = "plain text" if keys is None else f"keys in {keys}"
+    logger.info("listening on %s (%s), from step %d, %d prompts", broker.address, how, start_step, len(prompts))
     try:
         broker.run()
     except Terminated:
         sys.exit(SIGTERM_CODE)
-    except LearnerLost as error:
-        # It has had a reason of its own, which it may be about to report.
-        raise FollowsAnother(str(error)) from error
 
 
 def where_to_start(folder: RunFolder) -> tuple[int, Position | None]:
@@ -115,7 +123,7 @@ def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
     config = folder.config()
     return BrokerConfig(
         run_id=folder.record().run_id,
-        address=resolve_address(config.bus.address, folder.path),
+        address=where_to_listen(folder, config),
         steps=config.learner.steps,
         start_step=start_step,
         group_size=config.group_size,
@@ -134,7 +142,18 @@ def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
         run_dir=str(folder.path),
         max_filtered=config.scheduling.max_filtered,
         history=history_config(config.draft),
+        keep_journal=config.journal.keep,
     )
+
+
+def where_to_listen(folder: RunFolder, config: RunConfig) -> str:
+    """Where an earlier broker of the run did, which peers try again and again; the configuration says it otherwise."""
+    address, earlier = config.bus.address, folder.bus()
+    if earlier is not None and address == "auto":
+        return earlier.address
+    if earlier is not None and address.endswith(":*"):
+        address = address.removesuffix("*") + earlier.address.rpartition(":")[2]
+    return resolve_address(address, folder.path, config.bus.encrypted)
 
 
 def history_config(draft: DraftConfig) -> HistoryConfig | None:
@@ -154,7 +173,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir")
     folder = RunFolder(parser.parse_args().run_dir)
-    return role_main(ROLE, folder.error_file(ROLE), lambda: serve(folder), lambda: (FollowsAnother,))
+    return role_main(ROLE, folder.error_file(ROLE), lambda: serve(folder))
 
 
 if __name__ == "__main__":

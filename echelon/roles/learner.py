@@ -14,6 +14,7 @@ from databus.errors import BusLost
 from databus.messages import Hello
 from echelon.errors import role_main
 from echelon.run_folder import RunFolder
+from echelon.user_function import load_advantage
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +24,9 @@ CONNECT_S = 60.0
 def learn(folder: RunFolder) -> None:
     """Raises: whatever ends the learner; `role_main` reports it."""
     from learner.checkpoint_folder import latest_checkpoint
-    from learner.checks import ADVANTAGE_SETTING, names_function
     from learner.run import LearnerRun, run_learner
-    from rewards.resolve import load_function
 
     config = folder.config()
-    estimator = config.learner.advantage.estimator
     bus = folder.bus()
     if bus is None:
         raise RuntimeError("the broker is not there: bus.json is missing")
@@ -40,15 +38,14 @@ def learn(folder: RunFolder) -> None:
         max_staleness=config.max_staleness,
         seed=config.seed,
         checkpoints_dir=folder.checkpoints,
-        bus_address=bus.address,
+        bus_address=config.bus.address if bus.keys else bus.address,
+        weight_keys=bus.server_keys("learner", allowed=["worker"]),
         resume_from=latest_checkpoint(folder.checkpoints),
         # The supervisor's watchdog comes first, and counts from when all are up; these are for want of one.
         batch_timeout_s=patience_s,
         end_timeout_s=patience_s + config.eval.timeout_s,
         collective_timeout_s=patience_s,
-        advantage_function=(
-            load_function(estimator, folder.path, ADVANTAGE_SETTING) if names_function(estimator) else None
-        ),
+        advantage_function=load_advantage(config, folder.path),
     )
     run_learner(config.learner, run, lambda version: connect(folder, version))
 
@@ -75,7 +72,8 @@ def connect(folder: RunFolder, version: int) -> LearnerBus:
     assert record is not None
     host = socket.gethostname()
     hello = Hello(role="learner", name="learner", run_id=record.run_id, version=version, pid=os.getpid(), host=host)
-    client = BusClient(record.address, hello, max_message_bytes=folder.config().bus.max_message_bytes)
+    limit = folder.config().bus.max_message_bytes
+    client = BusClient(record.address, hello, max_message_bytes=limit, keys=record.client_keys("learner"))
     client.connect(CONNECT_S)
     return LearnerBus(client)
 

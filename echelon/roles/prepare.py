@@ -21,17 +21,16 @@ def prepare(folder: RunFolder) -> None:
     from echelon.hub import needs_hub, use_cache_if_offline
     from echelon.prompt_files import write_prompts
     from echelon.rows import load_rows
+    from echelon.user_function import load_advantage
     from echelon.validate import check_reasoning
-    from learner.checks import ADVANTAGE_SETTING, names_function
-    from rewards.resolve import load_function, load_reward
+    from rewards.resolve import load_reward
     from rollout.engine.end_tag import end_tag
 
     config = folder.config()
     if needs_hub(config):
         use_cache_if_offline()
     load_reward(config.reward.function, folder.path)
-    if names_function(config.learner.advantage.estimator):
-        load_function(config.learner.advantage.estimator, folder.path, ADVANTAGE_SETTING)
+    load_advantage(config, folder.path)
 
     from echelon.model_check import check_devices, check_model, load_tokenizer
 

@@ -9,7 +9,7 @@ from databus.codec import Array
 from rollout.config import DraftConfig
 from rollout.drafting.automaton import DEPTH, follow
 from rollout.drafting.budget import BINS, allocate, logarithmic_budget
-from rollout.drafting.calibration import forget, new_calibration
+from rollout.drafting.calibration import new_calibration
 from rollout.drafting.counters import LAGS, SOURCES
 from rollout.drafting.index import Problem, SuffixIndex, Text, identity_of
 from rollout.drafting.latency import LatencyModel
@@ -21,8 +21,7 @@ from rollout.drafting.rounds import (
     NUM_COUNTERS,
     ROUNDS,
     collect,
-    draft,
-    take,
+    play,
 )
 from rollout.drafting.running import MAX_ENDS, new_running, writer_of
 
@@ -134,9 +133,9 @@ class Drafter:
             self._latency.observe(started - self._left_at, len(slots), num_scheduled_tokens)
         drafts = np.zeros((len(slots), self._config.max_tokens), np.int32)
         num_drafts = np.zeros(len(slots), np.int32)
-        self._take(slots, tokens, counts)
+        self._play(slots, tokens, counts)
         if self._config.policy != "off":
-            self._draft(slots, counts)
+            self._shorten(slots)
             collect(self._running, slots, self._counters, drafts, num_drafts)
         self._left_at = time.perf_counter()
         self._last_rows = len(slots)
@@ -164,20 +163,27 @@ class Drafter:
 
     # ------------------------------------------------------------ a round
 
-    def _take(self, slots: Array, tokens: Array, counts: Array) -> None:
-        index = self._index
+    def _play(self, slots: Array, tokens: Array, counts: Array) -> None:
+        index, max_drafts = self._index, 0 if self._config.policy == "off" else self._config.max_tokens
         index.reserve(len(tokens))
-        if not take(
-            index.arena, self._running, slots, tokens, counts, self._calibration, self._counters, index.version
+        if not play(
+            index.arena,
+            self._running,
+            slots,
+            tokens,
+            counts,
+            self._calibration,
+            self._counters,
+            index.version,
+            max_drafts,
         ):
             raise MemoryError("the suffix automata have outgrown their arena")
         index.num_tokens += len(tokens)
 
-    def _draft(self, slots: Array, counts: Array) -> None:
-        running, config = self._running, self._config
-        draft(self._index.arena, running, slots, counts, self._calibration, self._index.version, config.max_tokens)
-        forget(self._calibration)
-        if config.policy == "marginal":
+    def _shorten(self, slots: Array) -> None:
+        """Drafts to what the policy allows."""
+        running = self._running
+        if self._config.policy == "marginal":
             allocate(
                 slots, running.survival, running.weight, running.num_drafts, *self._latency.coefficients, *self._classes
             )

@@ -108,10 +108,10 @@ class Proposer:
         if batch.seated is not None:
             slots, room = slots[batch.seated], room[batch.seated]
             sampled = [sampled[row] for row in batch.seated]
-        tokens, counts = _flat(sampled)
+        tokens, counts = flatten(sampled)
         if (ends := batch.is_end[tokens]).any():
             ended = _rows_of(ends, counts)
-            tokens, counts = _flat(_without_overrun(sampled, ended, batch.is_end))
+            tokens, counts = flatten(_without_overrun(sampled, ended, batch.is_end))
             room[ended] = 0
         starts = self._runner.query_start_loc.np[: len(ids) + 1]
         decode_only = not new and bool(counts.all()) and bool(np.diff(starts).max() <= 1 + self._longest_draft)
@@ -173,7 +173,7 @@ def _exercise(drafter: Drafter) -> None:
     drafter.counters()
 
 
-def _flat(sampled: list[list[int]]) -> tuple[Array, Array]:
+def flatten(sampled: list[list[int]]) -> tuple[Array, Array]:
     """Tokens of all rows, one after another, and each row's number; int32."""
     counts = np.fromiter(map(len, sampled), np.int32, len(sampled))
     return np.fromiter(chain.from_iterable(sampled), np.int32, int(counts.sum())), counts

@@ -13,7 +13,7 @@ from rollout.drafting.automaton import (
     shorten,
     write,
 )
-from rollout.drafting.calibration import cell_of, chance, learn
+from rollout.drafting.calibration import cell_of, chance, forget, learn
 from rollout.drafting.compiled import compiled
 from rollout.drafting.counters import LAGS, SOURCES
 from rollout.drafting.running import SIBLING_BITS
@@ -105,8 +105,8 @@ def _source(arena, running, slot, target, common):
 
 
 @compiled
-def _draft(arena, running, slot, state, length, common, most, table, version):
-    """Walk the commonest way on from a context, into the slot's drafts; returns (their number, tokens expected)."""
+def _draft(arena, running, slot, row, state, length, common, most, table, version):
+    """Walk the commonest way on from a context, into a row of drafts; returns (their number, tokens expected)."""
     states = arena.states
     length = min(length, DEPTH - 1)
     state = shorten(arena, state, length)
@@ -123,16 +123,26 @@ def _draft(arena, running, slot, state, length, common, most, table, version):
         survival *= chance(table, cell)
         if survival < LEAST_SURVIVAL:
             break
-        running.drafts[slot, num] = token
-        running.cells[slot, num] = cell
-        running.survival[slot, num] = survival
-        running.sources[slot, num] = _source(arena, running, slot, target, common)
-        running.lags[slot, num] = _lag_class(version - states[target, VERSION])
+        running.drafts[row, num] = token
+        running.cells[row, num] = cell
+        running.survival[row, num] = survival
+        running.sources[row, num] = _source(arena, running, slot, target, common)
+        running.lags[row, num] = _lag_class(version - states[target, VERSION])
         expected += survival
         num += 1
         length = min(length + 1, DEPTH - 1)
         state = shorten(arena, target, length)
     return num, expected
+
+
+@compiled
+def _copy_drafts(running, source, target, num):
+    for place in range(num):
+        running.drafts[target, place] = running.drafts[source, place]
+        running.cells[target, place] = running.cells[source, place]
+        running.survival[target, place] = running.survival[source, place]
+        running.sources[target, place] = running.sources[source, place]
+        running.lags[target, place] = running.lags[source, place]
 
 
 @compiled
@@ -150,6 +160,7 @@ def draft(arena, running, slots, counts, table, version, max_drafts):
 
     A request whose last token is one of `running.ends` has ended, though nobody has told it so yet.
     """
+    spare = len(running.drafts) - 1
     for row in range(len(slots)):
         slot = slots[row]
         running.num_drafts[slot] = 0
@@ -157,16 +168,28 @@ def draft(arena, running, slots, counts, table, version, max_drafts):
         if counts[row] == 0 or most <= 0 or _has_ended(running, slot):
             continue
         state, length = np.int64(running.bound[slot]), np.int64(running.length[slot])
-        num, expected = _draft(arena, running, slot, state, length, 0, most, table, version)
+        num, expected = _draft(arena, running, slot, slot, state, length, 0, most, table, version)
         if num == 0 or running.survival[slot, 0] < TRUSTED:
             state, length = np.int64(running.common[slot]), np.int64(running.common_length[slot])
-            shared, better = _draft(arena, running, slot, state, length, 1, most, table, version)
+            shared, better = _draft(arena, running, slot, spare, state, length, 1, most, table, version)
             if better > expected:
                 num = shared
-            elif num > 0:  # the second walk has written over the first
-                state, length = np.int64(running.bound[slot]), np.int64(running.length[slot])
-                num, expected = _draft(arena, running, slot, state, length, 0, most, table, version)
+                _copy_drafts(running, spare, slot, num)
         running.num_drafts[slot] = num
+
+
+@compiled
+def play(arena, running, slots, tokens, counts, table, counters, version, max_drafts):
+    """`take`, then `draft` unless `max_drafts` is 0: in one call, as handing over the arrays costs as much as ten rows.
+
+    Returns: as `take`.
+    """
+    if not take(arena, running, slots, tokens, counts, table, counters, version):
+        return False
+    if max_drafts > 0:
+        draft(arena, running, slots, counts, table, version, max_drafts)
+        forget(table)
+    return True
 
 
 @compiled

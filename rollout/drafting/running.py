@@ -16,8 +16,9 @@ class Running(NamedTuple):
     of it is worth, 1 for an ordinary request. budget [N]: draft tokens that the logarithmic policy allows.
     text [N, T], text_length [N]: its completion so far.
     ends [up to 16]: tokens that end a text, -1 where there are fewer.
-    drafts [N, K], num_drafts [N]: what was drafted last. cells [N, K]: each token's cell in the calibration.
-    survival [N, K] float32: chance that it and all before it are accepted. sources, lags [N, K]: where it came from.
+    drafts [N + 1, K], num_drafts [N]: what was drafted last. cells [N + 1, K]: each token's cell in the calibration.
+    survival [N + 1, K] float32: chance that it and all before it are accepted. sources, lags [N + 1, K]: where it came
+    from. The last row of these is for drafts that may not be taken.
     """
 
     last: Array
@@ -58,12 +59,12 @@ def new_running(num_slots: int, max_drafts: int, max_text: int) -> Running:
         text=ints(n, max_text),
         text_length=ints(n),
         ends=np.full(MAX_ENDS, -1, np.int32),
-        drafts=ints(n, k),
+        drafts=ints(n + 1, k),
         num_drafts=ints(n),
-        cells=ints(n, k),
-        survival=np.zeros((n, k), np.float32),
-        sources=ints(n, k),
-        lags=ints(n, k),
+        cells=ints(n + 1, k),
+        survival=np.zeros((n + 1, k), np.float32),
+        sources=ints(n + 1, k),
+        lags=ints(n + 1, k),
     )
 
 

@@ -33,11 +33,12 @@ class EngineDead(EngineError):
 class GenerateRequest:
     """One prompt to complete `group_size` times.
 
-    The rest changes nothing of what is sampled. problem: key of the prompt (`databus.history.problem_key`; 0: not
-    known). history: earlier completions of the problem, to draft from, as (oldest policy version in it, int32 [t] token
-    ids), newest last. Completions that this engine generated itself may be among them; history_ids has an identity for
-    each (`databus.history.completion_id`), by which it can tell. predicted_tokens: expected length of a completion, by
-    which an engine may choose what to begin first (0: unknown).
+    cursor: the prompt's place in the run, by which an engine samples the same again if it can. The rest changes nothing
+    of what is sampled. problem: key of the prompt (`databus.history.problem_key`; 0: not known). history: earlier
+    completions of the problem, to draft from, as (oldest policy version in it, int32 [t] token ids), newest last.
+    Completions that this engine generated itself may be among them; history_ids has an identity for each
+    (`databus.history.completion_id`), by which it can tell. predicted_tokens: expected length of a completion, by which
+    an engine may choose what to begin first (0: unknown).
     first_sample: place in the group of the first completion asked for, where a group is asked for in parts. prefix:
     tokens that the completions begin with already; they are not part of what is returned, nor of `max_tokens`.
     """
@@ -46,6 +47,7 @@ class GenerateRequest:
     prompt_ids: tuple[int, ...]
     group_size: int
     sampling: Sampling
+    cursor: int = 0
     problem: int = 0
     history: tuple[tuple[int, Array], ...] = ()
     history_ids: tuple[int, ...] = ()
@@ -105,15 +107,11 @@ class UpdateReport:
 class EngineStats:
     """running_sequences is of this moment; the others count since the start.
 
-    draft_rounds: times that a sequence's draft was verified. drafting: `rollout.drafting.counters.FIELDS`, empty where
-    nothing is drafted.
+    drafting: `rollout.drafting.counters.FIELDS`, empty where nothing is drafted.
     """
 
     running_sequences: int = 0
     generated_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    draft_rounds: int = 0
     drafting: Mapping[str, float] = field(default_factory=dict)
 
 

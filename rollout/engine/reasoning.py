@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from rollout.config import ReasoningConfig, RolloutConfig
+from rollout.engine.all_or_none import all_or_none
 from rollout.engine.base import Completion, Engine, EngineStats, GenerateRequest, Snapshot, UpdateReport
 from rollout.engine.end_tag import EndTag, load_end_tag
 
@@ -50,12 +51,7 @@ class ReasoningEngine:
         await self._engine.start()
 
     async def generate(self, request: GenerateRequest) -> list[Completion]:
-        tasks = [asyncio.ensure_future(self._complete(request, index)) for index in range(request.group_size)]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        return await all_or_none(self._complete(request, index) for index in range(request.group_size))
 
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         return await self._engine.update(snapshot)

@@ -1,7 +1,8 @@
 """A slow, deterministic engine on a transformers model, for tests that need no vLLM.
 
-A group is decoded as one batch, and its noise comes from a counter-based generator keyed by (seed, group,
-position, sample): what a group says depends neither on its neighbours nor on when it is scheduled.
+A group is decoded as one batch, and its noise comes from a counter-based generator keyed by (seed, cursor,
+position, sample): what a group says depends neither on its neighbours, nor on when it is scheduled or how often it was
+leased.
 """
 
 import asyncio

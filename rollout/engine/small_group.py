@@ -24,7 +24,7 @@ class RunningGroup:
         given = [*request.prompt_ids, *request.prefix]
         self._limit = min(request.sampling.max_tokens, context_tokens - len(given))
         self._end_ids = end_ids
-        self._noise_key = xxhash.xxh3_128_intdigest(f"{seed}/{request.group_id}".encode())
+        self._noise_key = xxhash.xxh3_128_intdigest(f"{seed}/{request.cursor}".encode())
         self._cache: Any = None
         self._input = torch.tensor([given] * request.group_size, device=model.device)
         self._tokens: list[Tensor] = []

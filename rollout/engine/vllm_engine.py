@@ -23,6 +23,7 @@ from rollout.config import DraftConfig, RolloutConfig
 from rollout.drafting.counters import CounterPage
 from rollout.drafting.facts import DraftFacts, group_key, problem_key
 from rollout.drafting.proposer import DRAFTER, DraftSetup
+from rollout.engine.all_or_none import all_or_none
 from rollout.engine.base import (
     Completion,
     EngineDead,
@@ -105,12 +106,7 @@ class VllmEngine:
         self._draft_page = page
 
     async def generate(self, request: GenerateRequest) -> list[Completion]:
-        tasks = [asyncio.ensure_future(self._complete(request, index)) for index in range(request.group_size)]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        return await all_or_none(self._complete(request, index) for index in range(request.group_size))
 
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         try:
@@ -134,9 +130,6 @@ class VllmEngine:
         return EngineStats(
             running_sequences=self._running,
             generated_tokens=self._generated,
-            drafted_tokens=int(drafting.get("drafted", 0)),
-            accepted_tokens=int(drafting.get("accepted", 0)),
-            draft_rounds=int(drafting.get("rounds", 0)),
             drafting=drafting,
         )
 

@@ -2,16 +2,19 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from databus.broker import Broker
 from databus.client import BusClient
 from databus.codec import encode_columns
 from databus.config import BrokerConfig, BusConfig
 from databus.groups import Group, run_lengths
+from databus.keys import ClientKeys
 from databus.messages import (
     Ack,
     Batch,
@@ -29,6 +32,7 @@ from databus.messages import (
     VersionPublished,
 )
 from databus.prompts import Prompt, PromptSource, SampledGroup
+from databus.transport import Received
 
 
 def broker_config(address: str, **changes: Any) -> BrokerConfig:
@@ -114,13 +118,18 @@ class RunningBroker:
         except BaseException as error:
             self.failure = error
 
+    def stop(self) -> None:
+        """End the run here, as if its last step had been taken."""
+        self.broker._steps.finished = lambda: True  # type: ignore[method-assign]
+        self.join()
+
     def join(self, timeout_s: float = 20.0) -> None:
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), "the broker did not end"
 
 
-def connect(address: str, name: str, role: Any, **more: Any) -> BusClient:
-    client = BusClient(address, Hello(role=role, name=name, **more))
+def connect(address: str, name: str, role: Any, keys: ClientKeys | None = None, **more: Any) -> BusClient:
+    client = BusClient(address, Hello(role=role, name=name, **more), keys=keys)
     client.connect(5.0)
     return client
 
@@ -152,8 +161,15 @@ def receive(client: BusClient, kind: type, timeout_s: float = 5.0) -> Any:
 class ScriptedWorker:
     """Answers every lease at once with tokens of the version that it serves, and applies what is announced."""
 
-    def __init__(self, address: str, name: str = "worker-0", credit: int = 4, max_sequences: int = 4) -> None:
-        self.client = connect(address, name, "worker", max_sequences=max_sequences)
+    def __init__(
+        self,
+        address: str,
+        name: str = "worker-0",
+        credit: int = 4,
+        max_sequences: int = 4,
+        keys: ClientKeys | None = None,
+    ) -> None:
+        self.client = connect(address, name, "worker", keys, max_sequences=max_sequences)
         self.version = 0
         self.total = credit
         self.leases: list[tuple[int, Lease]] = []
@@ -195,8 +211,8 @@ class ScriptedWorker:
 class ScriptedLearner:
     """Asks for every batch, trains nothing, publishes the next version."""
 
-    def __init__(self, address: str, start_step: int = 0) -> None:
-        self.client = connect(address, "learner", "learner", version=start_step)
+    def __init__(self, address: str, start_step: int = 0, keys: ClientKeys | None = None) -> None:
+        self.client = connect(address, "learner", "learner", keys, version=start_step)
         self.batches: list[Batch] = []
         self.positions: list[Position] = []
         self.publish(start_step)
@@ -216,3 +232,35 @@ class ScriptedLearner:
     def finish(self) -> None:
         receive(self.client, Stop)
         self.client.close("done")
+
+
+class NoSocket:
+    """In place of the broker's socket: what peers send is put in, what they get is taken out."""
+
+    address = "nowhere"
+
+    def __init__(self, *_: Any) -> None:
+        self.arrived: deque[Received] = deque()
+        self.sent: deque[tuple[str, Struct]] = deque()
+
+    def put(self, peer: str, message: Any, frames: Sequence[Any] = ()) -> None:
+        self.arrived.append(Received(peer, message, list(frames), peer.encode()))
+
+    def receive(self, timeout_s: float) -> Received | None:
+        return self.arrived.popleft() if self.arrived else None
+
+    def send(self, peer: str, message: Struct, frames: Sequence[Any] = ()) -> bool:
+        self.sent.append((peer, message))
+        return True
+
+    def answer(self, route: bytes, message: Struct) -> bool:
+        return True
+
+    def has_seat(self, peer: str) -> bool:
+        return True
+
+    def seat(self, peer: str, route: bytes) -> None: ...
+
+    def forget(self, peer: str) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,5 +1,7 @@
 """The broker over real sockets: evaluations at the edges, groups nobody can train, another batch size on resume."""
 
+from pathlib import Path
+
 import pytest
 from scripted import (
     RunningBroker,
@@ -14,6 +16,7 @@ from scripted import (
 
 from databus.codec import encode_columns
 from databus.groups import Group
+from databus.journal import Journal
 from databus.messages import (
     Ack,
     Batch,
@@ -62,6 +65,26 @@ def test_abandoned_evaluation_is_called_off_and_holds_nothing_up(address: str) -
     running.join()
     assert running.failure is None
     assert "eval/accuracy" not in running.sink.rows[0]
+
+
+def test_versions_that_a_returning_learner_passes_again_are_not_evaluated_again(address: str, tmp_path: Path) -> None:
+    """It passes them as fast as it can, so they may be gone before any worker has got one."""
+    config = broker_config(address, steps=5, max_staleness=0, eval_every=1)
+    running = RunningBroker(config, EVALS, journal=Journal(tmp_path))
+    worker, learner = ScriptedWorker(address), ScriptedLearner(address)
+    batches = [learner.step(step) for step in range(4)]
+    worker.client.close("gone")
+    learner.client.close()
+    again = ScriptedLearner(address)
+    assert [again.step(step) for step in range(4)] == batches
+    newcomer = ScriptedWorker(address, "worker-1")
+    again.step(4)
+    again.finish()
+    newcomer.join()
+    running.join()
+    assert running.failure is None
+    assert [row["step"] for row in running.sink.rows] == list(range(6))
+    assert running.sink.rows[-1]["eval/accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("policy", ["drop", "mask", "requeue"])

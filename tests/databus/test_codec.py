@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from databus.codec import ALLOWED_DTYPES, MalformedMessage, decode_columns, decode_header, encode_columns, encode_header
+from databus.codec import DTYPES, MalformedMessage, decode_columns, decode_header, encode_columns, encode_header
 from databus.messages import Column, Credits, Failed, Heartbeat, Lease, Released, Sampling, ToBroker, VersionApplied
 
-arrays = st.sampled_from(sorted(ALLOWED_DTYPES)).flatmap(
+arrays = st.sampled_from(sorted(DTYPES)).flatmap(
     lambda dtype: hnp.arrays(np.dtype(dtype), hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=5))
 )
 to_broker = msgspec.msgpack.Decoder(ToBroker)

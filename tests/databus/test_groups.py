@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,23 @@ def test_good_group_passes() -> None:
 def test_oldest_version_counts_loss_bearing_tokens_alone() -> None:
     assert make_group((1,), [[0, 0], [2, 3]], loss_mask=[0, 0, 1, 1]).oldest_loss_version() == 2
     assert make_group((1,), [[0], [0]], loss_mask=[0, 0]).oldest_loss_version() is None
+
+
+spans = st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 1), max_size=4)), max_size=6)
+
+
+@given(spans)
+def test_loss_tokens_are_those_of_the_mask(spans: list[tuple[int, list[int]]]) -> None:
+    """Empty spans included: a peer may send them."""
+    mask = [bit for _, bits in spans for bit in bits]
+    group = replace(
+        make_group((1,), [[0] * len(mask)], loss_mask=mask),
+        version_values=np.array([version for version, _ in spans], np.int32),
+        version_lengths=np.array([len(bits) for _, bits in spans], np.int32),
+    )
+    versions, tokens = group.loss_tokens
+    expected = group.token_versions()[group.loss_mask.astype(bool)]
+    assert np.repeat(versions, tokens).tolist() == expected.tolist() and (tokens > 0).all()
 
 
 @pytest.mark.parametrize("name", list(GROUP_COLUMNS))

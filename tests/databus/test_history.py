@@ -252,7 +252,7 @@ def take_leases(worker: BusClient, count: int) -> list[tuple[Lease, tuple[PastCo
 
 
 def test_leases_carry_what_was_answered_before_to_whoever_gets_them(address: str) -> None:
-    running = RunningBroker(broker_config(address, history=WIDE, max_staleness=9), prompts=TwoProblems())
+    running = RunningBroker(broker_config(address, steps=2, history=WIDE, max_staleness=9), prompts=TwoProblems())
     learner = ScriptedLearner(address)
     old = connect(address, "old", "worker", max_sequences=4)
     old.send(Credits(total=2))
@@ -264,13 +264,18 @@ def test_leases_carry_what_was_answered_before_to_whoever_gets_them(address: str
 
     new = connect(address, "new", "worker", max_sequences=4)
     new.send(Credits(total=2))
-    (third, of_first), (_, of_second) = take_leases(new, 2)
+    (third, of_first), (fourth, of_second) = take_leases(new, 2)
     assert third.problem_key == first.problem_key
     assert texts(of_first) == [[1, 2, 3], [4, 5]]
     assert of_first[0].identity == completion_id(first.group_id, np.array([1, 2, 3]))
     assert texts(of_second) == [[7], [8]]
-    for client in (old, new, learner.client):
-        client.close("done")
+    for lease in (third, fourth):
+        answer(new, lease, [[1], [2]])
+    for step in range(2):
+        learner.step(step)
+    old.close("done")
+    new.close("done")
+    learner.finish()
     running.join()
 
 

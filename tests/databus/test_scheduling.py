@@ -36,6 +36,8 @@ class Recorder:
         self.steps.append((list(trained), set(still_open)))
         return {"difficulty/steps": len(self.steps)}
 
+    def load(self, saved: bytes) -> None: ...
+
     def save(self) -> bytes:
         return b"state"
 
@@ -75,7 +77,7 @@ def test_the_scheduler_hears_of_every_cursor(address: str) -> None:
 def test_filtered_groups_tell_of_difficulty_as_well(address: str) -> None:
     scheduler = Recorder()
     running = RunningBroker(
-        broker_config(address, steps=2, max_staleness=0, batch_groups=1), scheduler=scheduler, filters=[OddRewards()]
+        broker_config(address, steps=1, max_staleness=0, batch_groups=1), scheduler=scheduler, filters=[OddRewards()]
     )
     worker = connect(address, "w", "worker", max_sequences=4)
     worker.send(Credits(total=1))
@@ -88,7 +90,7 @@ def test_filtered_groups_tell_of_difficulty_as_well(address: str) -> None:
     learner = ScriptedLearner(address)
     learner.step(0)
     worker.close("done")
-    learner.client.close("done")
+    learner.finish()
     running.join()
     assert scheduler.groups == [0, 1]
     assert scheduler.steps == [([1], set())]

@@ -47,7 +47,7 @@ def test_what_can_be_trained_is_what_is_admitted(
     """The queue asks `can_train` of two remembered versions, the cut `admit` of all tokens."""
     group = make_group((1,), [[version for version, _ in versions], []], loss_mask=[loss for _, loss in versions])
     admitted = gate(max_staleness, policy).admit(group, step)
-    assert (admitted is not None) == gate(max_staleness, policy).can_train(group.loss_versions(), step)
+    assert (admitted is not None) == gate(max_staleness, policy).can_train(group.loss_versions, step)
     if admitted is not None:
         lags = step - admitted.token_versions()[admitted.loss_mask.astype(bool)]
         assert lags.size and lags.max() <= max_staleness

@@ -1,13 +1,15 @@
 """Sockets, names, deadlines: the bus without a broker's logic."""
 
+import os
 import socket
+import stat
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from databus.address import check_address, resolve_address
+from databus.address import check_address, reachable, resolve_address
 from databus.client import BusClient
 from databus.codec import MalformedMessage
 from databus.errors import BusLost, BusTimeout
@@ -25,6 +27,37 @@ def test_addresses_beyond_this_machine_are_refused(address: str) -> None:
         check_address(address)
     with pytest.raises(ValueError, match="not allowed"):
         BrokerSocket(address, LIMIT)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://0.0.0.0:5555", "tcp://*:*", "tcp://10.0.0.1:5555", "tcp://example.org:1", "tcp://[2001:db8::1]:1"],
+)
+def test_with_keys_any_host_will_do(address: str) -> None:
+    assert check_address(address, encrypted=True) == address
+
+
+@pytest.mark.parametrize(
+    "address", ["udp://10.0.0.1:1", "ipc://", "x", "tcp://a b:1", "tcp://:1", "tcp://host", "tcp://h:1;h:2"]
+)
+def test_no_keys_make_an_address_of_anything(address: str) -> None:
+    with pytest.raises(ValueError, match="not allowed"):
+        check_address(address, encrypted=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "broker", "reached"),
+    [
+        ("tcp://0.0.0.0:7", "tcp://10.0.0.1:5", "tcp://10.0.0.1:7"),
+        ("tcp://*:7", "tcp://node:5", "tcp://node:7"),
+        ("tcp://0.0.0.0:7", "", "tcp://127.0.0.1:7"),
+        ("tcp://[::]:7", "", "tcp://[::1]:7"),
+        ("tcp://10.0.0.2:7", "tcp://10.0.0.1:5", "tcp://10.0.0.2:7"),
+        ("ipc:///a", "tcp://10.0.0.1:5", "ipc:///a"),
+    ],
+)
+def test_every_interface_is_reached_where_the_broker_is(address: str, broker: str, reached: str) -> None:
+    assert reachable(address, broker) == reached
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "99999"])
@@ -60,6 +93,16 @@ def test_ipc_socket_of_a_living_broker_is_not_taken_over(address: str) -> None:
         BrokerSocket(address, LIMIT)
     broker.close()
     BrokerSocket(address, LIMIT).close()  # what a dead one left behind is no obstacle
+
+
+def test_ipc_socket_is_for_its_owner_alone(address: str) -> None:
+    before = os.umask(0)
+    try:
+        broker = BrokerSocket(address, LIMIT)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(address.removeprefix("ipc://")).st_mode) == 0o600
+    broker.close()
 
 
 def _listens_on_ipv6() -> bool:
@@ -136,8 +179,8 @@ def test_nobody_there_is_a_timeout(address: str) -> None:
 
 def test_silent_broker_is_lost_and_stays_lost(address: str) -> None:
     broker = BrokerSocket(address, LIMIT)
-    client = _connected(broker, address, peer_timeout_s=0.4)
-    with pytest.raises(BusLost, match=r"nothing heard from the broker for 0\.4 s"):
+    client = _connected(broker, address, peer_timeout_s=0.4, reconnect_s=0.3)
+    with pytest.raises(BusLost, match=r"nothing heard from the broker for 0\.[7-9] s"):
         client.recv(5.0)
     with pytest.raises(BusLost):
         client.recv(0.1)
@@ -204,12 +247,12 @@ def _next(broker: BrokerSocket, kind: type):
     raise AssertionError(f"no {kind.__name__}")
 
 
-def _connected(broker: BrokerSocket, address: str, heartbeat_s: float = 0.1, peer_timeout_s: float = 5.0) -> BusClient:
+def _connected(broker: BrokerSocket, address: str, **welcome: float) -> BusClient:
     client = BusClient(address, Hello(role="worker", name="w"))
     connecting = threading.Thread(target=client.connect, args=(5.0,))
     connecting.start()
     _next(broker, Hello)
-    broker.send("w", Welcome(run_id="r", heartbeat_s=heartbeat_s, peer_timeout_s=peer_timeout_s))
+    broker.send("w", Welcome(**{"run_id": "r", "heartbeat_s": 0.1, "peer_timeout_s": 5.0} | welcome))
     connecting.join(5.0)
     assert not connecting.is_alive()
     return client

@@ -13,6 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
+from databus.messages import Status, WorkerStatus
+from echelon.observer import Observer
+from echelon.run_folder import RunFolder
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
 
@@ -64,11 +68,18 @@ def write_recipe(tiny_model: Path) -> WriteRecipe:
 class Run:
     """`echelon run` as a process; remembers every process that it ever had below it."""
 
-    def __init__(self, recipe: Path, run_dir: Path, *words: str) -> None:
+    def __init__(self, recipe: Path, run_dir: Path, *words: str, python_path: Path | None = None) -> None:
+        """Args: python_path: a folder from which every process takes its `sitecustomize`."""
         self.folder = run_dir
         command = [sys.executable, "-m", "echelon", "run", str(recipe), "--run-dir", str(run_dir), *words]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=os.environ | ({"PYTHONPATH": str(python_path)} if python_path else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         self._family: dict[int, psutil.Process] = {}
 
@@ -103,13 +114,31 @@ class Run:
         self._family |= {process.pid: process for process in family}
         return family
 
-    def role(self, module: str) -> psutil.Process:
-        """The process that runs `python -m MODULE`."""
+    def role(self, module: str, *more: str) -> psutil.Process:
+        """The process that runs `python -m MODULE ... MORE`."""
         for process in self.look():
             words = process.cmdline()
-            if "-m" in words and words[words.index("-m") + 1] == module:
+            if "-m" in words and words[words.index("-m") + 1] == module and set(more) <= set(words):
                 return process
         raise AssertionError(f"no process runs {module}")
+
+    def status(self) -> Status:
+        """What the broker says now."""
+        bus = RunFolder(self.folder).bus()
+        assert bus is not None
+        observer = Observer(bus)
+        try:
+            deadline = time.monotonic() + 10.0
+            while (status := observer.poll()) is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            return status
+        finally:
+            observer.close()
+
+    def worker(self, name: str) -> WorkerStatus | None:
+        """What the broker knows of a worker; None where it does not know it."""
+        return next((worker for worker in self.status().workers if worker.name == name), None)
 
     def survivors(self, within_s: float = 10.0) -> list[str]:
         """Who of its family is still there."""
@@ -146,8 +175,8 @@ def start_run() -> Iterator[Callable[..., Run]]:
     """(recipe, run_dir, *words) -> a `Run`; whatever is left of it at the end is killed."""
     runs: list[Run] = []
 
-    def start(recipe: Path, run_dir: Path, *words: str) -> Run:
-        runs.append(Run(recipe, run_dir, *words))
+    def start(recipe: Path, run_dir: Path, *words: str, **more: Any) -> Run:
+        runs.append(Run(recipe, run_dir, *words, **more))
         return runs[-1]
 
     yield start

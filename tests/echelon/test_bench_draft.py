@@ -19,6 +19,7 @@ from echelon.draft_replay import EchelonSpeculator, GroupReplayer, Round, Tally,
 from echelon.rollout_record import RolloutRecord, RolloutWriter, record_of
 from rollout.config import DraftConfig, RolloutConfig
 
+MAX_TOKENS = 8
 COMPLETIONS = [[1, 2, 3, 4, 5], [1, 2], [7]]
 
 
@@ -32,6 +33,7 @@ class Copycat:
         self.texts: dict[int, list[int]] = {}
         self.finished: list[list[int]] = []
         self.steps: list[tuple[bool, int]] = []
+        self.room: list[int] = []
         self._drafted = self._accepted = 0.0
 
     def add(
@@ -47,6 +49,7 @@ class Copycat:
         slot = max(self.texts, default=-1) + 1
         assert problem > 0 and group > 0 and len(prompt_ids) and not history and not predicted_tokens
         self.texts[slot] = []
+        self.room.append(max_tokens)
         return slot
 
     def remove(self, slot: int) -> None:
@@ -102,7 +105,7 @@ def copycat(max_tokens: int = 16) -> Copycat:
 
 
 def rounds_of(drafter: Copycat, record: RolloutRecord) -> list[tuple[list[int], list[int]]]:
-    replayer = GroupReplayer(EchelonSpeculator(drafter))
+    replayer = GroupReplayer(EchelonSpeculator(drafter, MAX_TOKENS))
     return [(one.drafted.tolist(), one.accepted.tolist()) for one in replayer.replay(record)]
 
 
@@ -119,6 +122,12 @@ def test_siblings_advance_together_and_the_first_token_has_no_draft() -> None:
     assert drafter.texts == {}
     assert drafter.steps[0] == (False, 3)
     assert all(decode_only for decode_only, _ in drafter.steps[1:])
+
+
+def test_nobody_tells_the_drafter_where_a_completion_ends() -> None:
+    drafter = copycat()
+    rounds_of(drafter, record(COMPLETIONS))
+    assert drafter.room == [MAX_TOKENS] * len(COMPLETIONS)
 
 
 def test_what_was_seen_before_is_accepted() -> None:

@@ -39,7 +39,7 @@ def test_help() -> None:
     code, stdout, _ = echelon("--help")
     assert code == 0
     named = {line.split()[0] for line in stdout.splitlines() if line.startswith("    ") and line.strip()}
-    assert {"run", "worker", "watch", "export", "bench-draft"} <= named
+    assert {"run", "worker", "watch", "export", "audit", "replay", "bench-draft"} <= named
 
 
 def test_unknown_command_and_argument(recipe: Path) -> None:

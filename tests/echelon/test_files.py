@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from echelon.files import RowFollower, keep_rows_before, read_rows, write_atomically
+from echelon.metrics import RowWriter
 
 
 def test_rows_are_read_once_and_whole(tmp_path: Path) -> None:
@@ -41,3 +42,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(file, "text")  # type: ignore[arg-type]
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_torn_row_is_dropped_before_the_next_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"step":0}\n{"ste')
+    writer = RowWriter(file)
+    writer.write({"step": 1})
+    writer.close()
+    assert read_rows(file) == [{"step": 0}, {"step": 1}]

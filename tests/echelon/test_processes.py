@@ -80,7 +80,16 @@ def test_the_signal_of_a_torchrun_rank_is_named(folder: Path) -> None:
     report = "  rank      : 0 (local_rank: 0)\n  exitcode  : -9 (pid: 123)\n"
     child = start(folder, "learner", f"import sys; print({report!r}); sys.exit(1)")
     assert wait_all([child], 10)
+    assert child.killed_by() == signal.SIGKILL
     assert child.how_it_ended() == "was killed by SIGKILL (out of memory, perhaps)"
+
+
+def test_what_an_earlier_one_had_written_is_not_how_this_one_ended(folder: Path) -> None:
+    (folder / "logs" / "learner.log").write_text("  exitcode  : -9 (pid: 123)\n")
+    child = start(folder, "learner", "import sys; print('out of paper'); sys.exit(1)")
+    assert wait_all([child], 10)
+    assert child.killed_by() is None
+    assert child.how_it_ended() == "ended with exit code 1: out of paper"
 
 
 def report(folder: Path, role: str, kind: str, when: float, message: str) -> None:

@@ -11,7 +11,6 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 RAISING = "def reward(sample):\n    raise RuntimeError('no gold answer')\n"
-HANGING = "import time\ndef reward(sample):\n    time.sleep(1000)\n"
 # Importing it works in `prepare`, and not in a worker's scoring process.
 UNLOADABLE = """
 import multiprocessing
@@ -55,16 +54,6 @@ def test_port_in_use(write_recipe, start_run, tmp_path: Path) -> None:
         run = start_run(write_recipe(tmp_path), tmp_path / "run", f"bus.address={address}")
         line = fails(run, 2)
     assert f"cannot listen on bus.address={address}" in line
-
-
-def test_watchdog_ends_a_run_without_progress(write_recipe, start_run, tmp_path: Path) -> None:
-    words = ("watchdog_s=3", "reward.timeout_s=1000", "eval.every=0")
-    run = start_run(write_recipe(tmp_path, HANGING), tmp_path / "run", *words)
-    line = fails(run, 1)
-    assert "no progress for" in line
-    assert "(watchdog_s=3)" in line
-    for role in ("broker", "worker-0", "learner"):
-        assert "most recent call first" in (run.folder / "logs" / f"{role}.log").read_text(), role
 
 
 def test_killed_worker_is_replaced_and_killed_supervisor_leaves_nobody(write_recipe, start_run, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def test_defaults_are_consistent() -> None:
         (["eval.every=5"], ["eval.every", "data.eval"]),
         (["learner.betas=0.9,1.0"], ["learner.betas"]),
         (["bus.heartbeat_s=20"], ["bus.peer_timeout_s", "bus.heartbeat_s"]),
+        (["bus.address=tcp://0.0.0.0:5555", "bus.plain=true"], ["bus.address", "bus.keys", "bus.plain=false"]),
+        (["bus.address=udp://127.0.0.1:5555"], ["bus.address", "tcp://HOST:PORT"]),
         (["scheduling.shares=0.5,0.5,0.5"], ["scheduling.shares", "add up to 1"]),
         (
             ["scheduling.curriculum.type=drop_solved", "data.shuffle=false"],

@@ -1,6 +1,7 @@
 import io
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -45,6 +46,14 @@ def render(renderable: Any) -> str:
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def test_panel_says_that_the_disk_is_full() -> None:
+    progress = make_progress(5)
+    assert "nothing is acknowledged" not in render(panel(progress))
+    assert progress.status is not None
+    progress.status = msgspec.structs.replace(progress.status, disk_full="no room for [a]/000001.log")
+    assert "nothing is acknowledged: no room for [a]/000001.log" in render(panel(progress))
 
 
 def test_panel_shows_the_run() -> None:

@@ -3,7 +3,7 @@ import pytest
 from learner_script import encode_batch, make_groups
 
 from databus.groups import Group
-from databus.messages import Batch, BatchGroup, BatchRequest, HeartbeatReply
+from databus.messages import Batch, BatchGroup, BatchRequest, HeartbeatReply, StepDone
 from learner import bus as learner_bus
 from learner.batch import BatchFeed, StalenessViolation, check_staleness, decode_batch
 from learner.bus import BrokerLink
@@ -75,6 +75,19 @@ def test_asks_again_and_passes_over_what_it_did_not_ask_for(monkeypatch: pytest.
     groups = feed.groups(4)
     assert np.array_equal(groups[0].token_ids, make_groups(4)[0].token_ids)
     assert bus.sent == [BatchRequest(step=4), BatchRequest(step=4)]
+
+
+def test_what_was_said_last_is_said_again_with_a_question_that_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner_bus, "RESEND_S", 0.01)
+    bus = TardyBus()
+    link = BrokerLink(bus)  # type: ignore[arg-type]
+    said = [StepDone(step=2, metrics={}), StepDone(step=3, metrics={})]
+    for message in said:
+        link.send(message)
+    bus.sent.clear()
+    with pytest.raises(RuntimeError, match="no Batch from the broker"):
+        link.request(BatchRequest(step=4), Batch, lambda batch: batch.step == 5, timeout_s=0.05)
+    assert bus.sent[:3] == [BatchRequest(step=4), said[1], BatchRequest(step=4)]
 
 
 def test_malformed_batch_is_one_line() -> None:

@@ -10,7 +10,13 @@ from learner_script import make_groups
 from databus.messages import Position
 from learner import checkpoint_folder
 from learner.checkpoint import load_checkpoint, save_checkpoint
-from learner.checkpoint_folder import TrainerState, latest_checkpoint, list_checkpoints, read_trainer_state
+from learner.checkpoint_folder import (
+    TrainerState,
+    latest_checkpoint,
+    list_checkpoints,
+    oldest_checkpoint,
+    read_trainer_state,
+)
 from learner.config import LearnerConfig
 from learner.model import ModelOptions, PolicyModel, build_model
 from learner.optimizer import build_optimizer
@@ -68,9 +74,12 @@ def test_folder_is_complete_and_alone(saved: tuple[Path, PolicyModel, Any]) -> N
 
 def test_only_the_newest_are_kept(saved: tuple[Path, PolicyModel, Any]) -> None:
     path, policy, optimizer = saved
+    assert oldest_checkpoint(path.parent) == 20
+    assert oldest_checkpoint(path) == 0
     for step in (30, 1_000_000):
         save_checkpoint(path.parent, state_of(step), policy.causal_lm, optimizer, keep=2)
     assert [kept.name for kept in list_checkpoints(path.parent)] == ["step-000030", "step-1000000"]
+    assert oldest_checkpoint(path.parent) == 30
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["step-000030", "step-1000000"]
 
 

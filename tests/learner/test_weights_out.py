@@ -12,7 +12,9 @@ import xxhash
 import zmq
 
 from databus.codec import encode_header
+from databus.keys import ClientKeys, client_keys, new_keys, server_keys
 from databus.messages import Chunk, ChunkRequest, FromWeightServer, Manifest, ManifestRequest, VersionGone
+from databus.transport import make_socket
 from learner.model import ModelOptions, build_model, load_causal_lm
 from learner.snapshot import Snapshot, Snapshotter
 from learner.weights_out import WeightServer
@@ -24,13 +26,16 @@ decoder = msgspec.msgpack.Decoder(FromWeightServer)
 class Client:
     """A scripted worker: one DEALER socket."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, keys: ClientKeys | None = None) -> None:
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        self._socket = make_socket(self._context, zmq.DEALER, 1 << 20, keys)
         self._socket.connect(address)
 
     def send(self, *frames: bytes) -> None:
         self._socket.send_multipart(frames)
+
+    def answered(self, within_ms: int) -> bool:
+        return bool(self._socket.poll(within_ms))
 
     def receive(self) -> tuple[Any, list[bytes]]:
         assert self._socket.poll(5000), "no answer"
@@ -175,5 +180,22 @@ def test_beside_a_tcp_bus_on_loopback(snapshots: Callable[[int], Snapshot]) -> N
         client = Client(server.address)
         assert isinstance(client.ask(ManifestRequest(version=1))[0], Manifest)
         client.close()
+    finally:
+        server.close()
+
+
+def test_with_keys_weights_are_for_workers_alone(snapshots: Callable[[int], Snapshot], tmp_path: Path) -> None:
+    new_keys(tmp_path / "keys")
+    server = WeightServer("tcp://127.0.0.1:*", keep=2, keys=server_keys(tmp_path / "keys", "learner", ["worker"]))
+    try:
+        server.publish(snapshots(1))
+        worker = Client(server.address, client_keys(tmp_path / "keys", "worker", server="learner"))
+        assert isinstance(worker.ask(ManifestRequest(version=1))[0], Manifest)
+        others = [Client(server.address), Client(server.address, client_keys(tmp_path / "keys", "observer", "learner"))]
+        for other in others:
+            other.send(encode_header(ManifestRequest(version=1)))
+            assert not other.answered(within_ms=500)
+        for client in (worker, *others):
+            client.close()
     finally:
         server.close()

@@ -21,6 +21,7 @@ from rollout.config import RolloutConfig
 from rollout.engine.base import Completion, GenerateRequest
 from rollout.engine.small_engine import SmallEngine
 from rollout.history_in import HistoryReader
+from rollout.lease_work import LeaseWork
 from rollout.worker import Worker
 
 PROMPTS = ((6, 13, 8, 14), (7, 13, 5, 14), (4, 13, 4, 14))
@@ -62,7 +63,7 @@ async def work(engine: WatchedEngine, address: str, name: str, groups: int) -> N
     await engine.start()
     client = BusClient(address, Hello(role="worker", name=name, max_sequences=2))
     await asyncio.to_thread(client.connect, 5.0)
-    worker = Worker(client, engine, Scorer(), lambda ids: "", group_size=2, max_sequences=2)
+    worker = Worker(client, LeaseWork(engine, Scorer(), lambda ids: ""), group_size=2, max_sequences=2)
     running = asyncio.ensure_future(worker.run())
     async with asyncio.timeout(60):
         while len(engine.answers) < groups and not running.done():
@@ -84,7 +85,7 @@ def test_a_worker_that_has_just_joined_gets_what_an_old_one_would(address: str, 
     asyncio.run(work(old, address, "old", groups=7))
     asyncio.run(work(new, address, "new", groups=3))
     learner.client.close("done")
-    running.join()
+    running.stop()
     assert [request.problem for request in old.requests[:3]] == [problem_key(prompt) for prompt in PROMPTS]
     for request in new.requests[:3]:
         answered = [

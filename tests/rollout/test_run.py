@@ -30,6 +30,7 @@ from databus.messages import (
     HeartbeatReply,
     Hello,
     Lease,
+    Leaving,
     ManifestRequest,
     Released,
     Sampling,
@@ -59,13 +60,18 @@ def make_client(version, heartbeat):
 if __name__ == "__main__":
     die_with_parent()
     asyncio.run(run_worker(
-        RolloutConfig(engine="small", context_tokens=4000, max_sequences=8),
-        RewardConfig(function="mine.py:reward"),
+        RolloutConfig(engine="small", context_tokens=4000, max_sequences=8, drain_s=8.0),
+        RewardConfig(function="mine.py:reward", processes=2, timeout_s=100),
         WorkerRun(model=sys.argv[1], seed=0, group_size=4, reward_dir=Path(sys.argv[3])),
         make_client,
     ))
 """
-REWARD = "def reward(sample):\n    return {'length': sample.num_tokens, 'text': sample.completion.count('1') / 8}\n"
+REWARD = """
+import time
+def reward(sample):
+    time.sleep(sample.problem.get("takes_s", 0))
+    return {"length": sample.num_tokens, "text": sample.completion.count("1") / 8}
+"""
 PROMPT = (6, 13, 8, 14)
 
 
@@ -222,15 +228,35 @@ def test_a_worker_from_hello_to_goodbye(
         assert process.wait(20) == 0
 
 
-def test_sigterm_gives_leases_back(tiny_model: Path, tmp_path: Path, broker: Broker) -> None:
+def test_sigterm_finishes_what_it_can_and_gives_the_rest_back(tiny_model: Path, tmp_path: Path, broker: Broker) -> None:
+    with worker(tiny_model, broker, tmp_path) as process:
+        broker.wait(Credits)
+        broker.say(lease("short", problem=json.dumps({"takes_s": 1}).encode()))
+        broker.wait(Credits, 2)  # so it is the first to be scored
+        broker.say(lease("stuck", problem=json.dumps({"takes_s": 1000}).encode()))
+        broker.wait(Credits, 3)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert broker.wait(Leaving)[0].reason == "told to leave"
+        assert broker.wait(Released)[0].group_ids == ("stuck",)
+        assert [each.group_id for each in broker.all(Completed)] == ["short"]
+        assert broker.wait(Goodbye)[0].reason == "told to leave"
+        assert process.wait(20) == 0
+        assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_sigint_gives_leases_back_at_once(tiny_model: Path, tmp_path: Path, broker: Broker) -> None:
     with worker(tiny_model, broker, tmp_path) as process:
         broker.wait(Credits)
         broker.say(lease("endless", tokens=3900, group_size=64))
-        while not any(beat.generated_tokens for beat in broker.all(Heartbeat)):
-            broker.wait(Heartbeat, len(broker.all(Heartbeat)) + 1)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
+        wait_until_it_generates(broker)
+        process.send_signal(signal.SIGINT)
         assert broker.wait(Released)[0].group_ids == ("endless",)
         assert broker.wait(Goodbye)[0].reason == "told to stop"
+        assert not broker.all(Leaving)
         assert process.wait(20) == 0
-        assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def wait_until_it_generates(broker: Broker) -> None:
+    while not any(beat.generated_tokens for beat in broker.all(Heartbeat)):
+        broker.wait(Heartbeat, len(broker.all(Heartbeat)) + 1)

@@ -32,9 +32,11 @@ async def engine(model: Path, version: int = 0, **settings: Any) -> AsyncIterato
         await engine.close()
 
 
-def request(group_id: str = "a", size: int = 4, tokens: int = 24, temperature: float = 1.0) -> GenerateRequest:
+def request(
+    group_id: str = "a", size: int = 4, tokens: int = 24, temperature: float = 1.0, cursor: int = 0
+) -> GenerateRequest:
     sampling = Sampling(max_tokens=tokens, temperature=temperature)
-    return GenerateRequest(group_id=group_id, prompt_ids=PROMPT, group_size=size, sampling=sampling)
+    return GenerateRequest(group_id=group_id, prompt_ids=PROMPT, group_size=size, sampling=sampling, cursor=cursor)
 
 
 def run(scenario: Any) -> Any:
@@ -48,15 +50,16 @@ def same(left: list[Completion], right: list[Completion]) -> bool:
     )
 
 
-def test_results_do_not_depend_on_concurrency(tiny_model: Path) -> None:
+def test_results_depend_neither_on_concurrency_nor_on_the_lease(tiny_model: Path) -> None:
     async def alone() -> list[list[Completion]]:
         async with engine(tiny_model) as small:
-            return [await small.generate(request(name)) for name in "abc"]
+            return [await small.generate(request(cursor=cursor)) for cursor in range(3)]
 
     async def together() -> list[list[Completion]]:
         async with engine(tiny_model) as small:
             others = [small.generate(request(f"x{index}", size=3)) for index in range(3)]
-            return (await asyncio.gather(*[small.generate(request(name)) for name in "cba"], *others))[2::-1]
+            groups = [small.generate(request("again", cursor=cursor)) for cursor in (2, 1, 0)]
+            return (await asyncio.gather(*groups, *others))[2::-1]
 
     first, second = run(alone()), run(together())
     assert all(same(left, right) for left, right in zip(first, second, strict=True))

@@ -166,7 +166,7 @@ def test_silence_ends_the_pull(source: Source, tmp_path: Path) -> None:
 def test_stop_ends_the_pull(source: Source, tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
-    with pytest.raises(PullError, match="the worker stops"):
+    with pytest.raises(PullError, match="given up"):
         pull_snapshot(f"ipc://{tmp_path}/nobody", 5, 10, stop)
 
 

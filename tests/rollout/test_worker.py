@@ -19,8 +19,11 @@ from databus.messages import (
     Cancel,
     Completed,
     Credits,
+    Drain,
     Failed,
+    Holding,
     Lease,
+    Leaving,
     Manifest,
     Refused,
     Released,
@@ -41,6 +44,7 @@ from rollout.engine.base import (
     UpdateFailed,
     UpdateReport,
 )
+from rollout.lease_work import LeaseWork
 from rollout.weights_in import PullError, VersionGoneError
 from rollout.worker import Worker, WorkerRefusedError
 
@@ -152,7 +156,7 @@ class Setting:
         self.pulled: list[int] = []
         self.pull_errors: list[Exception] = []
         options: dict[str, Any] = {"group_size": 4, "max_sequences": 13, "pull": self.pull} | settings
-        self.worker = Worker(self.bus, self.engine, self.scorer, self.detokenize, **options)
+        self.worker = Worker(self.bus, LeaseWork(self.engine, self.scorer, self.detokenize), **options)
         self.running = asyncio.ensure_future(self.worker.run())
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -246,10 +250,36 @@ def test_results_are_sent_until_acknowledged(monkeypatch: pytest.MonkeyPatch) ->
         bus.say(lease("a"))  # a copy: it is not generated again
         bus.say(Ack(group_id="a", accepted=True), Ack(group_id="broken", accepted=False, reason="late"))
         await asyncio.sleep(0.1)
-        sent = len(bus.sent)
+        sent = len(bus.all(Completed)) + len(bus.all(Failed))
         await asyncio.sleep(0.2)
-        assert len(bus.sent) == sent
+        assert len(bus.all(Completed)) + len(bus.all(Failed)) == sent
         assert len(setting.scorer.samples) == 4
+        await setting.end()
+
+    run(scenario)
+
+
+def test_says_again_and_again_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases, credits and version: any message about them may have been lost."""
+    monkeypatch.setattr(rollout.worker, "RESEND_S", 0.05)
+
+    async def scenario(setting: Setting) -> None:
+        bus = setting.bus
+        setting.engine.gate.clear()
+        bus.say(lease("a"), VersionAnnounced(version=3, address="", num_bytes=0))
+        await bus.wait(VersionApplied)
+        said = len(bus.all(Holding))
+        await bus.wait(Holding, said + 2)
+        assert bus.all(Holding)[-1] == Holding(group_ids=("a",), credits=setting.bus.credits(), version=3)
+        setting.engine.gate.set()
+        await bus.wait(Completed)
+        said = len(bus.all(Holding))
+        await bus.wait(Holding, said + 2)
+        assert bus.all(Holding)[-1].group_ids == ("a",), "not acknowledged yet"
+        bus.say(Ack(group_id="a", accepted=True))
+        said = len(bus.all(Holding))
+        await bus.wait(Holding, said + 2)
+        assert bus.all(Holding)[-1].group_ids == ()
         await setting.end()
 
     run(scenario)
@@ -424,3 +454,81 @@ def test_told_to_stop_it_gives_its_leases_back() -> None:
         assert sorted(setting.engine.aborted) == ["a", "b"]
 
     run(scenario)
+
+
+def test_leaving_worker_finishes_what_is_nearly_done_and_hands_back_the_rest() -> None:
+    async def scenario(setting: Setting) -> None:
+        bus = setting.bus
+        setting.worker._durations._done.append(1000.0)  # so a group that has just begun has long to go
+        setting.engine.gate.clear()
+        bus.say(lease("old"), lease("new"))
+        await until(lambda: len(setting.worker._running) == 2)
+        setting.worker._durations._started["old"] -= 999.0
+        credits = bus.credits()
+        setting.worker.leave("told to leave")
+        assert (await bus.wait(Released))[0].group_ids == ("new",)
+        bus.say(lease("late"))
+        assert (await bus.wait(Released, 2))[1].group_ids == ("late",)
+        setting.engine.gate.set()
+        assert (await bus.wait(Completed))[0].group_id == "old"
+        await asyncio.sleep(0.2)
+        assert not setting.running.done(), "its result is not acknowledged yet"
+        bus.say(Ack(group_id="old", accepted=True))
+        assert (await asyncio.wait_for(setting.running, 5)).reason == "told to leave"
+        kinds = [type(message) for message, _ in bus.sent]
+        assert kinds.index(Leaving) < kinds.index(Released)
+        assert bus.credits() == credits, "it asks for nothing more"
+
+    run(scenario)
+
+
+def test_what_does_not_get_done_in_time_is_handed_back() -> None:
+    async def scenario(setting: Setting) -> None:
+        await leave_with_a_group(setting)
+        assert (await setting.bus.wait(Released))[0].group_ids == ("a",)
+        assert (await asyncio.wait_for(setting.running, 5)).ok
+
+    run(scenario, drain_s=0.3)
+
+
+def test_told_to_leave_twice_is_at_once() -> None:
+    async def scenario(setting: Setting) -> None:
+        await leave_with_a_group(setting)
+        await setting.bus.wait(Leaving)
+        setting.worker.leave("told again")
+        assert (await asyncio.wait_for(setting.running, 5)).reason == "told again"
+        assert setting.bus.all(Released)[0].group_ids == ("a",)
+
+    run(scenario, drain_s=1000.0)
+
+
+def test_broker_may_send_a_worker_away() -> None:
+    async def scenario(setting: Setting) -> None:
+        setting.bus.say(Drain(reason="slow"))
+        assert (await setting.bus.wait(Leaving))[0].reason == "slow"
+        assert (await asyncio.wait_for(setting.running, 5)).reason == "slow"
+
+    run(scenario)
+
+
+def test_end_of_the_run_cuts_leaving_short() -> None:
+    async def scenario(setting: Setting) -> None:
+        await leave_with_a_group(setting)
+        await setting.bus.wait(Leaving)
+        assert (await setting.end()).reason == "done"
+
+    run(scenario, drain_s=1000.0)
+
+
+async def leave_with_a_group(setting: Setting) -> None:
+    """It is told to leave while its engine is at `a`, and will not get done."""
+    setting.engine.gate.clear()
+    setting.bus.say(lease("a"))
+    await until(lambda: bool(setting.worker._running))
+    setting.worker.leave("told to leave")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.002)

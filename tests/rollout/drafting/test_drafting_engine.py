@@ -53,7 +53,7 @@ def test_logprobs_are_those_of_the_sampling_distribution(
         group = request(f"t{temperature} {turn}", temperature=temperature, history=past_of(REPETITIVE), problem=5)
         completions += drafting.run(drafting.engine.generate(group))
     stats = drafting.engine.stats()
-    assert 10 < stats.accepted_tokens < stats.drafted_tokens
+    assert 10 < stats.drafting["accepted"] < stats.drafting["drafted"]
     for completion in completions:
         expected = reference(enumerable, None, completion, temperature)
         np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE)
@@ -119,7 +119,7 @@ def test_updates_in_flight_switch_at_a_token(drafting: Drafting, enumerable: Any
             switch = int(begun.sum())
             assert abs(expected[switch] - completion.logprobs[switch]) > 1e-6
     assert mixed > 10
-    assert engine.stats().accepted_tokens > 100
+    assert engine.stats().drafting["accepted"] > 100
 
 
 def other_weights(model: Any, seed: int) -> Weights:
@@ -136,7 +136,7 @@ def test_a_drafter_that_raises_costs_no_rollout(drafting: Drafting) -> None:
     assert len(completions) == 64
     stats = drafting.engine.stats()
     assert stats.drafting["failures"] == 1
-    assert stats.drafted_tokens > 0
+    assert stats.drafting["drafted"] > 0
 
 
 def test_bad_histories_cost_no_rollout(drafting: Drafting) -> None:

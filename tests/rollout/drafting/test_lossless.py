@@ -196,16 +196,16 @@ def test_whole_completions_have_the_models_distribution(drafting: Drafting, trut
     drafting.draft_with("PrefixDrafter")
     assert total_p(drafting, truth, DRAWINGS[name]) > 0.001
     stats = drafting.engine.stats()
-    assert stats.drafted_tokens > 2 * DRAWINGS[name].sequences  # else it proves nothing
-    assert 0.02 < stats.accepted_tokens / stats.drafted_tokens < 0.98
+    assert stats.drafting["drafted"] > 2 * DRAWINGS[name].sequences  # else it proves nothing
+    assert 0.02 < stats.drafting["accepted"] / stats.drafting["drafted"] < 0.98
 
 
 def test_the_drafter_of_runs_is_lossless(drafting: Drafting, truth: Truth) -> None:
     drafting.run(drafting.engine.start_drafting(DRAFTER))
     assert total_p(drafting, truth, DRAWINGS["cold"]) > 0.001
     stats = drafting.engine.stats()
-    assert stats.drafted_tokens > DRAWINGS["cold"].sequences
-    assert 0.02 < stats.accepted_tokens / stats.drafted_tokens < 0.98
+    assert stats.drafting["drafted"] > DRAWINGS["cold"].sequences
+    assert 0.02 < stats.drafting["accepted"] / stats.drafting["drafted"] < 0.98
 
 
 def test_good_history_is_accepted_more_than_adversarial(drafting: Drafting, truth: Truth) -> None:
@@ -214,7 +214,7 @@ def test_good_history_is_accepted_more_than_adversarial(drafting: Drafting, trut
         drafting.draft_with("PrefixDrafter")
         drafting.run(draw(drafting, Drawing(), history(kind, truth), kind))
         stats = drafting.engine.stats()
-        acceptance[kind] = stats.accepted_tokens / stats.drafted_tokens
+        acceptance[kind] = stats.drafting["accepted"] / stats.drafting["drafted"]
     assert acceptance["good"] > 1.2 * acceptance["adversarial"]
 
 
@@ -234,8 +234,8 @@ def test_greedy_completions_are_the_models(drafting: Drafting, truth: Truth, kin
         completions = drafting.run(drafting.engine.generate(request))
         assert {tuple(completion.token_ids.tolist()) for completion in completions} == {tuple(truth.extreme(1.0))}
     stats = drafting.engine.stats()
-    assert stats.accepted_tokens > 0
-    assert stats.drafted_tokens > 64
+    assert stats.drafting["accepted"] > 0
+    assert stats.drafting["drafted"] > 64
 
 
 @pytest.mark.parametrize("name", ["plain", "cold"])

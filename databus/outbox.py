@@ -1,0 +1,42 @@
+"""What the broker says once it is durable: messages, and whatever else must not happen before."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from msgspec import Struct
+
+from databus.codec import Frame
+from databus.transport import BrokerSocket
+
+
+class Outbox:
+    """First gathered, then sealed while what they promise is being written, then said."""
+
+    def __init__(self, socket: BrokerSocket) -> None:
+        self._socket = socket
+        self._gathered: list[Callable[[], object]] = []
+        self._sealed: list[Callable[[], object]] = []
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._gathered and not self._sealed
+
+    def send(self, peer: str, message: Struct, frames: Sequence[Frame] = ()) -> bool:
+        """As a socket's, but nothing leaves yet. False if nobody has that name's seat."""
+        if not self._socket.has_seat(peer):
+            return False
+        self.then(partial(self._socket.send, peer, message, frames))
+        return True
+
+    def then(self, action: Callable[[], object]) -> None:
+        self._gathered.append(action)
+
+    def seal(self) -> None:
+        """Only what was gathered by now is for the next `flush`."""
+        self._sealed += self._gathered
+        self._gathered = []
+
+    def flush(self) -> None:
+        sealed, self._sealed = self._sealed, []
+        for action in sealed:
+            action()

@@ -1,0 +1,145 @@
+"""What is said of a run that makes no progress: who holds it up, and where each role stands."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from databus.messages import Status, WorkerStatus
+from echelon.processes import Child
+from echelon.roster import BROKER, Roster
+
+STACKS_S = 5.0
+"""How long a role may take to write its stacks."""
+WRITING_S = 0.5
+SILENT_S = 5.0
+"""A broker or worker that has not been heard for longer is worth a word, whatever its heartbeat."""
+MAX_STACK_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class RoleProcess:
+    """A role's process as the kernel sees it. state: of psutil, such as `sleeping` and `stopped`."""
+
+    role: str
+    pid: int
+    state: str
+    cpu_s: float
+    memory_bytes: int
+
+
+class Watchdog:
+    """Looks at every role of a roster and writes down what it sees."""
+
+    def __init__(self, roster: Roster, report_file: Path) -> None:
+        self._roster = roster
+        self._file = report_file
+
+    def report(self, status: Status | None, status_age_s: float) -> str:
+        """Have every role write its stacks, put all together in the report's file, and say in one line who it is.
+
+        Args: status: the broker's newest, and its age in seconds.
+        """
+        children = [child for child in self._roster.children.values() if child.exit_code() is None]
+        processes = list(look_at(self._roster))
+        cause = diagnose(processes, status, status_age_s)
+        sections = [cause, *map(_process_line, processes), _status_text(status, status_age_s)]
+        sections += self._stacks(children)
+        self._file.write_text("\n\n".join(sections) + "\n")
+        return f"{cause} (report: {self._file})"
+
+    def _stacks(self, children: Sequence[Child]) -> list[str]:
+        """What each role's log got from being asked."""
+        before = {child.name: child.log.stat().st_size for child in children}
+        for pid in self._roster.stack_processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        deadline = time.monotonic() + STACKS_S
+        while time.monotonic() < deadline and any(c.log.stat().st_size == before[c.name] for c in children):
+            time.sleep(0.1)
+        time.sleep(WRITING_S)  # the last of them may be at it still
+        return [f"stacks of {child.name}:\n{_read_from(child.log, before[child.name])}" for child in children]
+
+
+def look_at(roster: Roster) -> Iterable[RoleProcess]:
+    for name, pid in roster.role_processes():
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            times = process.cpu_times()
+            yield RoleProcess(name, pid, process.status(), times.user + times.system, process.memory_info().rss)
+
+
+def diagnose(processes: Sequence[RoleProcess], status: Status | None, status_age_s: float) -> str:
+    """Who holds the run up, in one line: what is certain first, else whoever has something to do and does not."""
+    stopped = [each for each in processes if each.state == psutil.STATUS_STOPPED]
+    if stopped:
+        return ", ".join(f"{each.role} (pid {each.pid}) is stopped (SIGSTOP)" for each in stopped)
+    if status is None or status_age_s > SILENT_S:
+        return f"the {BROKER} has not answered for {status_age_s:.0f} s"
+    if status.disk_full:
+        return f"the {BROKER} cannot write its journal: {status.disk_full}"
+    if status.training_s:  # a cut is progress, so it has had the batch all this time
+        return f"the learner has had the batch of step {status.step} for {status.training_s:.0f} s"
+    held_up = [line for worker in status.workers if (line := _complaint(worker))]
+    if held_up:
+        return ", ".join(held_up)
+    return _nobody_has_work(status)
+
+
+def _complaint(worker: WorkerStatus) -> str:
+    if worker.silent_s > SILENT_S:
+        return f"{worker.name} has not been heard for {worker.silent_s:.0f} s"
+    if not worker.leased_groups:
+        return ""
+    holds = f"{worker.name} holds {worker.leased_groups} group{'s' if worker.leased_groups > 1 else ''}"
+    if not worker.running_sequences:
+        return f"{holds} and generates nothing: it waits for the reward"
+    if not worker.tokens_per_s:
+        return f"{holds} and its engine, with {worker.running_sequences} sequences, gives no tokens"
+    return f"{holds} and generates {worker.tokens_per_s:.0f} tokens/s"
+
+
+def _nobody_has_work(status: Status) -> str:
+    if not status.workers:
+        return "no worker is left"
+    return f"no worker holds a group, {status.queued_groups} are queued, the learner {_learner(status)}"
+
+
+def _process_line(process: RoleProcess) -> str:
+    memory = process.memory_bytes / (1 << 20)
+    return f"{process.role}: pid {process.pid}, {process.state}, {process.cpu_s:.1f} s of CPU, {memory:.0f} MiB"
+
+
+def _status_text(status: Status | None, age_s: float) -> str:
+    if status is None:
+        return "the broker has said nothing yet"
+    lines = [
+        f"the broker, {age_s:.1f} s ago: {status.phase}, step {status.step} of {status.steps}, "
+        f"version {status.version}",
+        f"queues: {status.running_groups} groups leased, {status.queued_groups} complete",
+        f"groups so far: {', '.join(f'{count} {state}' for state, count in status.counts.items())}",
+        f"learner: {_learner(status)}",
+    ]
+    lines += [
+        f"{worker.name}: {worker.standing}, version {worker.version}, holds {worker.leased_groups} groups, runs "
+        f"{worker.running_sequences} sequences, {worker.tokens_per_s:.0f} tokens/s, heard {worker.silent_s:.1f} s ago"
+        for worker in status.workers
+    ]
+    return "\n".join(lines)
+
+
+def _learner(status: Status) -> str:
+    if status.training_s:
+        return f"has had the batch of step {status.step} for {status.training_s:.0f} s"
+    return "waits for a batch" if status.requested else "asks for no batch"
+
+
+def _read_from(log: Path, offset: int) -> str:
+    with log.open("rb") as file:
+        file.seek(offset)
+        return file.read(MAX_STACK_BYTES).decode(errors="replace").strip() or "nothing: it does not answer signals"

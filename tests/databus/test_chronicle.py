@@ -1,0 +1,96 @@
+"""What the broker writes down, and that nothing is said before it is durable."""
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import Struct
+from scripted import (
+    RunningBroker,
+    ScriptedLearner,
+    ScriptedWorker,
+    broker_config,
+    connect,
+    make_group,
+    receive,
+    receives_nothing,
+    send_group,
+)
+
+import databus.group_commit
+from databus.groups import GROUP_COLUMNS
+from databus.journal import Journal, read_journal
+from databus.messages import Ack, Credits, Lease
+from databus.records import BatchCut, BrokerEnded, BrokerStarted, GroupCompleted, GroupLeased, GroupMoved, StepTaken
+
+
+def test_a_run_is_written_down_in_its_order(address: str, tmp_path: Path) -> None:
+    running = RunningBroker(broker_config(address, steps=2), journal=Journal(tmp_path))
+    worker, learner = ScriptedWorker(address), ScriptedLearner(address)
+    batches = [learner.step(step) for step in range(2)]
+    learner.finish()
+    worker.join()
+    running.join()
+    entries = list(read_journal(tmp_path))
+    records = [entry.record for entry in entries]
+    assert records[-1] == BrokerEnded(ok=True, reason="all steps are done")
+    cuts = [record for record in records if isinstance(record, BatchCut)]
+    assert [cut.group_ids for cut in cuts] == [tuple(group.group_id for group in batch.groups) for batch in batches]
+    assert [record.step for record in records if isinstance(record, StepTaken)] == [0, 1]
+    for cut in cuts:
+        for group_id in cut.group_ids:
+            history = [type(each) for each in records if getattr(each, "group_id", "") == group_id]
+            assert history == [GroupLeased, GroupCompleted]
+    completed = next(entry for entry in entries if isinstance(entry.record, GroupCompleted))
+    assert [column.name for column in completed.record.columns] == list(GROUP_COLUMNS)
+    assert len(completed.frames) == len(GROUP_COLUMNS)
+
+
+def test_lost_lease_is_written_down(address: str, tmp_path: Path) -> None:
+    RunningBroker(broker_config(address), journal=Journal(tmp_path))
+    first = connect(address, "first", "worker", max_sequences=4)
+    first.send(Credits(total=1))
+    lease = receive(first, Lease)
+    first.close("done")
+    second = connect(address, "second", "worker", max_sequences=4)
+    second.send(Credits(total=1))
+    again = receive(second, Lease)
+    started, *records = [entry.record for entry in read_journal(tmp_path)]
+    assert isinstance(started, BrokerStarted) and started.run_id == "test"
+    assert records == [
+        GroupLeased(group_id=lease.group_id, cursor=0, attempt=0, worker="first"),
+        GroupMoved(group_id=lease.group_id, state="expired"),
+        GroupLeased(group_id=again.group_id, cursor=0, attempt=1, worker="second"),
+    ]
+    second.close("done")
+
+
+def test_full_disk_holds_back_what_promises_something(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(databus.group_commit, "TRY_AGAIN_S", 0.1)
+    full, real = [False], os.pwritev
+
+    def pwritev(descriptor: int, parts: Sequence[Any], offset: int) -> int:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "no room")
+        return real(descriptor, parts, offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    RunningBroker(broker_config(address), journal=Journal(tmp_path))
+    worker = connect(address, "w", "worker", max_sequences=4)
+    worker.send(Credits(total=1))
+    lease = receive(worker, Lease)
+    full[0] = True
+    send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[0], [0]]))
+    worker.send(Credits(total=2))
+    assert receives_nothing(worker, Struct, 0.5)
+    full[0] = False
+    assert receive(worker, Ack).accepted
+    receive(worker, Lease)
+    written = [type(entry.record) for entry in read_journal(tmp_path)]
+    assert written == [BrokerStarted, GroupLeased, GroupCompleted, GroupLeased]
+    worker.close("done")
