@@ -55,7 +55,8 @@ def golden_run(model: Path) -> list[dict[str, float]]:
         if step % SERVED_STEPS == 0:
             serve(policy, served)
         version = step - step % SERVED_STEPS
-        groups = [sample(served, problem, f"{step}-{problem}", version) for problem in PROBLEMS]
+        problems = enumerate(PROBLEMS, start=step * len(PROBLEMS))
+        groups = [sample(served, problem, cursor, version) for cursor, problem in problems]
         metrics = train_step(groups, step)
         rows.append({key: metrics[key] for key in KEYS})
     return rows
@@ -66,10 +67,14 @@ def serve(policy: PolicyModel, served: torch.nn.Module) -> None:
     served.load_state_dict(state)
 
 
-def sample(served: torch.nn.Module, problem: str, group_id: str, version: int) -> Group:
+def sample(served: torch.nn.Module, problem: str, cursor: int, version: int) -> Group:
     prompt = tuple(FIRST_CHARACTER + CHARACTERS.index(character) for character in problem)
     request = GenerateRequest(
-        group_id=group_id, prompt_ids=prompt, group_size=GROUP_SIZE, sampling=Sampling(max_tokens=MAX_TOKENS)
+        group_id=f"g{cursor}",
+        prompt_ids=prompt,
+        group_size=GROUP_SIZE,
+        sampling=Sampling(max_tokens=MAX_TOKENS),
+        cursor=cursor,
     )
     running = RunningGroup(request, served, [EOS], 0, 64)
     while not running.finished:
