@@ -1,17 +1,16 @@
 """Fixtures of the learner's tests."""
 
-import os
+import multiprocessing
 import socket
-import subprocess
-import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # learner_script.py: the scripted broker and synthetic batches that these tests share
+from learner_script import rank_main
 
 RANK_TIMEOUT_S = 120
 
@@ -36,37 +35,34 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
     """Runs learner_script.py as torchrun would, one process a rank, and fails the test if a rank fails."""
-    return _run_ranks
+    context = multiprocessing.get_context("forkserver")  # one import of torch and transformers for all of them
+    context.set_forkserver_preload(["learner.run"])
+
+    def run(world_size: int, arguments: list[str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        with tempfile.TemporaryDirectory() as folder:
+            logs = [Path(folder) / f"rank{rank}.log" for rank in range(world_size)]
+            ranks = [
+                context.Process(target=rank_main, args=(rank, world_size, port, log, arguments))
+                for rank, log in enumerate(logs)
+            ]
+            _run(ranks)
+            for rank, log in zip(ranks, logs, strict=True):
+                assert rank.exitcode == 0, log.read_text()[-3000:]
+
+    return run
 
 
-def _run_ranks(world_size: int, arguments: list[str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    root = str(HERE.parents[1])
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": root,
-    }
-    command = [sys.executable, str(HERE / "learner_script.py"), *arguments]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=root,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+def _run(processes: list[Any]) -> None:
+    deadline = time.monotonic() + RANK_TIMEOUT_S
+    for process in processes:
+        process.start()
     try:
-        errors = [rank.communicate(timeout=RANK_TIMEOUT_S)[1] for rank in ranks]
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    for rank, error in zip(ranks, errors, strict=True):
-        assert rank.returncode == 0, error[-3000:]
+        for process in processes:
+            process.kill()
+            process.join()

@@ -1,11 +1,7 @@
-"""A scripted broker with synthetic batches, and a learner process that trains on them.
-
-    learner_script.py MODEL CHECKPOINTS METRICS_OUT RESUME_FROM_OR_- [key=value, section.key=value ...]
-
-Shared by the learner's tests; as a program it is one rank of a torchrun job. Settings are those of LearnerConfig.
-"""
+"""A scripted broker with synthetic batches, and a learner that trains on them; shared by the learner's tests."""
 
 import json
+import os
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -115,7 +111,16 @@ def train(model: Path | str, checkpoints: Path, config: LearnerConfig, **changes
     return bus
 
 
-def main(arguments: Sequence[str]) -> None:
+def rank_main(rank: int, world_size: int, port: int, log: Path, arguments: Sequence[str]) -> None:
+    """One rank, in a process of its own, with the environment that torchrun would give it.
+
+    Args: arguments: MODEL CHECKPOINTS METRICS_OUT RESUME_FROM_OR_- [key=value, section.key=value ...], settings of
+        LearnerConfig.
+    """
+    with log.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world_size, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ |= {name: str(value) for name, value in job.items()}
     model, checkpoints, metrics_out, resume_from, *settings = arguments
     values: dict[str, Any] = {}
     for name, value in (pair.split("=", 1) for pair in settings):
@@ -123,9 +128,5 @@ def main(arguments: Sequence[str]) -> None:
         (values.setdefault(section, {}) if section else values)[key] = value
     config = msgspec.convert(values, LearnerConfig, strict=False)
     bus = train(model, Path(checkpoints), config, resume_from=None if resume_from == "-" else Path(resume_from))
-    if bus.sent:  # rank 0
+    if rank == 0:
         Path(metrics_out).write_text(json.dumps(bus.metrics()))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
