@@ -1,12 +1,53 @@
-"""Fixtures for all tests: a tiny model on disk."""
+"""Fixtures for all tests: a tiny model on disk; no thread outlives its test."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from databus.broker import Broker
+from databus.client import BusClient
+from databus.messages import Welcome
 
 CHARACTERS = "0123456789+=;#"
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 VOCABULARY = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends the brokers and clients that a test started in threads: the tests after it would be slower for each."""
+    brokers: list[tuple[Broker, threading.Thread]] = []
+    clients: list[BusClient] = []
+    run, connect = Broker.run, BusClient.connect
+
+    def run_and_remember(broker: Broker) -> None:
+        brokers.append((broker, threading.current_thread()))
+        run(broker)
+
+    def connect_and_remember(client: BusClient, timeout_s: float) -> Welcome:
+        clients.append(client)
+        return connect(client, timeout_s)
+
+    def end(*_: Any) -> None:
+        raise RuntimeError("the test is over")
+
+    monkeypatch.setattr(Broker, "run", run_and_remember)
+    monkeypatch.setattr(BusClient, "connect", connect_and_remember)
+    yield
+    for client in clients:
+        if client._thread.is_alive():
+            client.close()
+    left = [
+        (broker, thread) for broker, thread in brokers if thread.is_alive() and thread is not threading.main_thread()
+    ]
+    for broker, _ in left:
+        broker._turn = end  # type: ignore[method-assign]
+    for _, thread in left:
+        thread.join(10.0)
+        assert not thread.is_alive(), "a broker did not end"
 
 
 @pytest.fixture(scope="session")

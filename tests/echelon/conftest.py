@@ -116,11 +116,20 @@ class Run:
 
     def role(self, module: str, *more: str) -> psutil.Process:
         """The process that runs `python -m MODULE ... MORE`."""
-        for process in self.look():
-            words = process.cmdline()
-            if "-m" in words and words[words.index("-m") + 1] == module and set(more) <= set(words):
-                return process
-        raise AssertionError(f"no process runs {module}")
+        found = self._running(module, *more)
+        assert found, f"no process runs {module}"
+        return found[0]
+
+    def ranks(self) -> list[psutil.Process]:
+        return self._running("echelon.roles.learner")
+
+    def _running(self, module: str, *more: str) -> list[psutil.Process]:
+        words = {process: process.cmdline() for process in self.look()}
+        return [
+            process
+            for process, said in words.items()
+            if "-m" in said and said[said.index("-m") + 1] == module and set(more) <= set(said)
+        ]
 
     def status(self) -> Status:
         """What the broker says now."""

@@ -1,6 +1,7 @@
-"""The whole pipeline over real ZeroMQ: broker, worker with the small engine, learner under torchrun."""
+"""The whole pipeline over real ZeroMQ: broker, worker with the small engine, learner."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -158,3 +159,17 @@ def test_on_policy_run_stopped_by_ctrl_c_and_resumed(write_recipe, start_run, tm
     # Both sides have the same weights, and no sequence was under way while they changed.
     assert max(row["mismatch/kl"] for row in rows) < 1e-4
     assert rows[-1]["ledger/trained_groups"] == GROUPS * (done + 3)
+
+
+def test_one_of_two_ranks_is_killed(write_recipe, start_run, tmp_path: Path) -> None:
+    """torchrun ends the other one; both come back and go on."""
+    settings = ("learner.ranks=2", "learner.checkpoint_every=1", "eval.every=0")
+    run = start_run(write_recipe(tmp_path), tmp_path / "run", *settings)
+    run.wait_for(lambda: len(run.rows()) >= 2)
+    second = next(rank for rank in run.ranks() if rank.environ()["RANK"] == "1")
+    os.kill(second.pid, signal.SIGKILL)
+    code, stdout, stderr = run.finish()
+    assert (code, stderr) == (0, ""), run.logs()
+    assert "learner was killed by SIGKILL" in stdout
+    assert [row["step"] for row in run.rows()] == list(range(STEPS))
+    assert run.survivors() == []
