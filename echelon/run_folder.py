@@ -8,6 +8,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from echelon.files import read_rows, write_atomically
 from echelon.recipe import RECIPE_FILE, Recipe
 from echelon.settings import flatten
 
+POLL_S = 0.05
 FIXED_SETTINGS = ("model", "data.train", "data.prompt", "data.chat", "data.shuffle", "data.max_train", "seed")
 """Settings that a resumed run must share with the one it goes on from: they decide what a cursor means."""
 
@@ -92,6 +94,15 @@ class RunFolder:
             return msgspec.json.decode(self.bus_file.read_bytes(), type=BusRecord)
         except (OSError, msgspec.MsgspecError):
             return None
+
+    def wait_for_bus(self, timeout_s: float) -> BusRecord:
+        """For roles that are started while model and data are still checked. Raises: RuntimeError."""
+        deadline = time.monotonic() + timeout_s
+        while (record := self.bus()) is None:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no broker has listened within {timeout_s:g} s: {self.bus_file} is missing")
+            time.sleep(POLL_S)
+        return record
 
     def keys(self, bus: BusConfig) -> Path | None:
         """Where the run's keys are; None where its sockets are plain."""

@@ -73,6 +73,10 @@ class Supervisor:
     def _start(self) -> None:
         self._enter("checking model and data")
         prepare = self._roster.start_prepare()
+        # They import what they need meanwhile, and wait for the broker.
+        self._roster.start_learner()
+        for index in range(self._config.rollout.workers + self._config.rollout.spares):
+            self._roster.start_worker(index)
         self._wait(lambda: prepare.exit_code() is not None)
         if prepare.exit_code() != 0:
             raise first_cause([prepare], self._folder.logs)
@@ -81,9 +85,6 @@ class Supervisor:
         self._enter("starting the broker")
         self._roster.start_broker()
         self._wait_for_broker()
-        self._roster.start_learner()
-        for index in range(self._config.rollout.workers + self._config.rollout.spares):
-            self._roster.start_worker(index)
 
     def _wait_for_broker(self) -> None:
         deadline = time.monotonic() + BROKER_START_S

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import faulthandler
 import logging
 import os
 import signal
@@ -13,7 +12,6 @@ from typing import Any
 
 from databus.client import BusClient
 from databus.messages import Heartbeat, Stop
-from databus.process import die_with_parent
 from rewards.config import RewardConfig
 from rewards.pool import RewardPool
 from rollout.config import DraftConfig, RolloutConfig
@@ -21,6 +19,7 @@ from rollout.engine.base import Engine
 from rollout.engine.factory import make_engine
 from rollout.history_in import HistoryReader
 from rollout.lease_work import LeaseWork
+from rollout.scoring_process import prepare_scoring
 from rollout.versions import Pull
 from rollout.weights_in import pull_snapshot
 from rollout.worker import Worker
@@ -75,12 +74,6 @@ async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun
             await asyncio.gather(engine.close(), pool.close(), return_exceptions=True)
     if not stop.ok:
         raise RunFailedError(stop.reason)
-
-
-def prepare_scoring() -> None:
-    """In every process of the pool: it ends with its parent, and tells where it stands when it is asked."""
-    die_with_parent()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
 async def _serve(

@@ -27,9 +27,7 @@ def learn(folder: RunFolder) -> None:
     from learner.run import LearnerRun, run_learner
 
     config = folder.config()
-    bus = folder.bus()
-    if bus is None:
-        raise RuntimeError("the broker is not there: bus.json is missing")
+    bus = folder.wait_for_bus(config.rollout.start_timeout_s)
     patience_s = 2 * config.watchdog_s + config.rollout.start_timeout_s
     run = LearnerRun(
         model=config.model,

@@ -96,10 +96,12 @@ def main() -> int:
     folder = RunFolder(args.run_dir)
 
     def body() -> None:
-        bus = folder.bus()
-        if bus is None:
-            raise RuntimeError("the broker is not there: bus.json is missing")
-        work(Membership(config=folder.config(), bus=bus, reward_dir=folder.path, spare=args.spare), args.name)
+        from rollout.engine.factory import import_engine
+
+        config = folder.config()
+        import_engine(config.rollout.engine)
+        bus = folder.wait_for_bus(config.rollout.start_timeout_s)
+        work(Membership(config=config, bus=bus, reward_dir=folder.path, spare=args.spare), args.name)
 
     return role_main(args.name, folder.error_file(args.name), body, consequences)
 

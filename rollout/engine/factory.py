@@ -1,5 +1,6 @@
 """From a configuration to its engine; nothing heavy is imported before it is needed."""
 
+import importlib
 import logging
 from collections.abc import Callable
 
@@ -26,6 +27,11 @@ def make_engine(
     from rollout.engine.reasoning import ReasoningEngine
 
     return ReasoningEngine(engine, config, model)
+
+
+def import_engine(name: str) -> None:
+    """What its imports take, which is seconds, can be had before there is anything to start."""
+    importlib.import_module(f"rollout.engine.{name}_engine")
 
 
 def _small(config: RolloutConfig, model: str, seed: int, version: int, draft: DraftConfig) -> Engine:

@@ -15,6 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from rollout.config import RolloutConfig
 from rollout.engine.base import (
@@ -90,8 +91,6 @@ class SmallEngine:
         return await asyncio.wrap_future(future)  # cancelling the task cancels the future, which ends its group
 
     def _load(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
         model: Any = AutoModelForCausalLM.from_pretrained(self._model_path, dtype=DTYPES[self._config.dtype])
         return model.to(self._config.device).eval()
 
