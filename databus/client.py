@@ -32,12 +32,13 @@ from databus.messages import (
     ToWorker,
     Welcome,
 )
-from databus.transport import is_ipv6, make_socket, new_route
+from databus.transport import LINGER_MS, is_ipv6, make_socket, new_route
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
 HELLO_AGAIN_S = 1.0
+OBSERVER_LINGER_MS = 200
 FROM_BROKER: dict[str, Any] = {"worker": ToWorker, "learner": ToLearner, "observer": ToObserver}
 
 
@@ -169,8 +170,13 @@ class BusClient:
             self._fail(BusError(f"the connection to the broker failed: {error}"))
         finally:
             wake.close(linger=0)
-            # A hello that nobody took is not worth waiting for.
-            socket.close(linger=None if self._welcomed else 0)
+            socket.close(linger=self._linger_ms())
+
+    def _linger_ms(self) -> int:
+        """How long what was sent last is worth waiting for: a hello that nobody took is not."""
+        if not self._welcomed:
+            return 0
+        return OBSERVER_LINGER_MS if self._hello.role == "observer" else LINGER_MS
 
     def _loop(self, socket: zmq.Socket, wake: zmq.Socket) -> None:
         poller = zmq.Poller()
