@@ -65,7 +65,7 @@ class LossConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The learner: `ranks` processes under torchrun, FSDP2.
+    """The learner: `ranks` processes, FSDP2.
 
     dtype: compute dtype; masters, gradients' reduction and optimizer state stay in fp32.
     lr, warmup_steps, schedule: peak rate, linear warm-up, then `constant`, `linear` or `cosine` to zero.

@@ -1,4 +1,4 @@
-"""`torchrun ... -m echelon.roles.learner RUN_DIR`: one rank of the learner."""
+"""`python -m echelon.roles.learner RUN_DIR`: one rank of the learner."""
 
 import argparse
 import logging

@@ -1,4 +1,4 @@
-"""`torchrun ... -m echelon.roles.replay RUN_DIR OUT --stop N ...`: one rank of a replay.
+"""`python -m echelon.roles.replay RUN_DIR OUT --stop N ...`: one rank of a replay.
 
 Rank 0 appends a row a step to OUT/rows.jsonl: its number and its metrics.
 """

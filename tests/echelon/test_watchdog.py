@@ -12,8 +12,8 @@ from echelon.watchdog import RoleProcess, diagnose
 
 HANGING = "import time\ndef reward(sample):\n    time.sleep(1000)\n"
 SLEEPING_LEARNER = """
-import os
-if "RANK" in os.environ:
+import sys
+if "echelon.roles.learner" in sys.orig_argv:
     import time
     from learner.train_step import TrainStep
     def sleep(self, *args):
