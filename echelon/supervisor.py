@@ -206,7 +206,8 @@ class Supervisor:
         for child in list(self._roster.children.values()):
             if child.exit_code() is None or self._may_end(child):
                 continue
-            time.sleep(SETTLE_S)  # others may be about to say what came first
+            if child.killed_by() is None:
+                time.sleep(SETTLE_S)  # others may be about to say what came first; a signal comes from nobody's failure
             self._ask_broker()
             if self._may_restart(child):
                 self._restart(child)
