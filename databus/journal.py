@@ -143,6 +143,9 @@ class Journal:
             self._write()
             crash_point("before_sync")
             os.fdatasync(self._file)
+            # Hardly any of it is read again, and the next write is given these pages, not others that it would have to
+            # be the first to touch: on a virtual machine that takes ten times as long.
+            os.posix_fadvise(self._file, self._synced, self._writing_bytes, os.POSIX_FADV_DONTNEED)
             crash_point("after_sync")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
