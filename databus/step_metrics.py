@@ -82,12 +82,13 @@ def _reward_metrics(batch: CutBatch) -> dict[str, float]:
 def _length_metrics(batch: CutBatch) -> dict[str, float]:
     lengths = np.concatenate([item.group.lengths for item in batch.groups])
     truncated = np.concatenate([item.group.truncated for item in batch.groups])
-    masks = np.concatenate([item.group.loss_mask for item in batch.groups])
+    tokens = sum(item.group.num_tokens for item in batch.groups)
+    loss_tokens = sum(int(item.group.loss_tokens[1].sum()) for item in batch.groups)
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_fraction": float(truncated.mean()),
-        "rollout/masked_fraction": float(1 - masks.mean()) if masks.size else 0.0,
+        "rollout/masked_fraction": 1 - loss_tokens / tokens if tokens else 0.0,
     }
 
 

@@ -125,9 +125,12 @@ class BrokerSocket:
 
     def _next_parts(self) -> list[zmq.Frame] | None:
         try:
-            return self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            parts = [self._socket.recv(zmq.DONTWAIT, copy=False)]
         except zmq.Again:
             return None
+        while parts[-1].more:  # `recv_multipart` asks the socket after each part, which takes longer than to receive it
+            parts.append(self._socket.recv(copy=False))
+        return parts
 
     def seat(self, peer: str, route: bytes) -> None:
         """From now on the peer of this name is reached by this route."""
