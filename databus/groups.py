@@ -124,7 +124,7 @@ def _check_sizes(group: Group) -> None:
             raise MalformedMessage(f"column {name!r} has {len(getattr(group, name))} entries for {size} completions")
     for name in ("lengths", "version_lengths"):
         counts = getattr(group, name)
-        if (counts < 0).any() or int(counts.sum(dtype=np.int64)) != num_tokens:
+        if _lowest(counts) < 0 or int(np.add.reduce(counts, dtype=np.int64)) != num_tokens:
             raise MalformedMessage(f"column {name!r} does not add up to {num_tokens} tokens")
     if len(group.version_values) != len(group.version_lengths):
         raise MalformedMessage("version_values and version_lengths differ in length")
