@@ -15,8 +15,8 @@ import numpy as np
 import zmq
 from bus_load import MAX_MESSAGE_BYTES, make_group
 
-from databus.codec import Frame, decode_columns, decode_header, encode_columns, encode_header
-from databus.groups import Group, group_from_columns
+from databus.codec import Frame, decode_header, encode_header
+from databus.groups import Group, decode_group, encode_group
 from databus.messages import Completed
 from databus.transport import make_socket
 
@@ -57,13 +57,13 @@ def columns_codec() -> Codec:
     decoder = msgspec.msgpack.Decoder(Completed)
 
     def encode(completions: list[Completion]) -> list[Sequence[Frame]]:
-        columns, frames = encode_columns(_group(completions).columns())
+        columns, frames = encode_group(_group(completions))
         header = encode_header(Completed(group_id="0" * 32, columns=columns, reward_names=("reward",)))
         return [[header, *frames]]
 
     def decode(frames: Sequence[Frame]) -> Group:
         header = decode_header(frames[0], decoder)
-        return group_from_columns(decode_columns(header.columns, frames[1:]))
+        return decode_group(header.columns, frames[1:])
 
     return Codec(encode, decode, is_one_message=True)
 

@@ -6,14 +6,14 @@ broker. Both live in one thread of one process.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 import zmq
 
-from databus.codec import decode_header, encode_columns, encode_header
-from databus.groups import Group
+from databus.codec import decode_header, encode_header
+from databus.groups import Group, encode_group
 from databus.messages import (
     Batch,
     BatchRequest,
@@ -87,8 +87,7 @@ class LeanWorker:
         self.has_ended = False
 
     def _serve(self, version: int) -> None:
-        columns = self._group.columns() | {"version_values": np.array([version], np.int32)}
-        self._columns, self._frames = encode_columns(columns)
+        self._columns, self._frames = encode_group(replace(self._group, version_values=np.array([version], np.int32)))
 
     def take(self, frames: Sequence[zmq.Frame]) -> None:
         match decode_header(frames[0].buffer, self._decoder):

@@ -4,8 +4,8 @@ from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from databus.codec import Frame, encode_columns
-from databus.groups import Group
+from databus.codec import Frame
+from databus.groups import Group, encode_group
 from databus.ledger import Entry
 from databus.messages import Batch, BatchGroup, Column
 from databus.staleness import StalenessGate
@@ -28,7 +28,7 @@ class Waiting:
     place: int = -1
 
     def encoded(self) -> tuple[tuple[Column, ...], Sequence[Frame]]:
-        return (self.columns, self.frames) if self.columns else encode_columns(self.group.columns())
+        return (self.columns, self.frames) if self.columns else encode_group(self.group)
 
 
 @dataclass(frozen=True)

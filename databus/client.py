@@ -272,7 +272,9 @@ class _Beat:
             raise BusLost(f"nothing heard from the broker for {now - self.heard:.1f} s")
         if now >= self._next:
             message = self._hello if self.welcome is None else self._heartbeat()
-            socket.send_multipart([encode_header(message)])
+            # A socket whose key was refused has nobody to send to any more, and would wait for somebody.
+            with contextlib.suppress(zmq.Again):
+                socket.send(encode_header(message), zmq.DONTWAIT)
             self._next = now + (HELLO_AGAIN_S if self.welcome is None else self.welcome.heartbeat_s)
 
     def wait_ms(self) -> int:

@@ -1,13 +1,14 @@
 """A scored group as columns: what a worker sends, the broker checks, and the learner trains on."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
-from databus.codec import Array, MalformedMessage
+from databus.codec import Array, Column, Frame, MalformedMessage, decode_columns, encode_columns
 
 GROUP_COLUMNS = {
     "prompt_ids": ("<i4", 1),
@@ -78,6 +79,27 @@ class Group:
 
     def columns(self) -> dict[str, Array]:
         return {name: getattr(self, name) for name in GROUP_COLUMNS}
+
+
+def encode_group(group: Group) -> tuple[tuple[Column, ...], list[Frame]]:
+    """A group for the wire and the journal: its columns, the loss mask as bits, lowest first."""
+    return encode_columns(group.columns() | {"loss_mask": np.packbits(group.loss_mask, bitorder="little")})
+
+
+def decode_group(columns: Sequence[Column], frames: Sequence[Frame]) -> Group:
+    """Its arrays are views of the frames, but for the loss mask. Raises: as `decode_columns`, `group_from_columns`."""
+    arrays = decode_columns(columns, frames)
+    bits, tokens = arrays.get("loss_mask"), arrays.get("token_ids")
+    if bits is not None and tokens is not None and bits.dtype == np.uint8 and bits.ndim == 1:
+        arrays["loss_mask"] = _unpacked(bits, tokens.size)
+    return group_from_columns(arrays)
+
+
+def _unpacked(bits: Array, count: int) -> Array:
+    """uint8 [count] of 0 and 1. Raises: MalformedMessage for another number of bits, or one beyond them that is set."""
+    if len(bits) != -(-count // 8) or (count % 8 and bits[-1] >> count % 8):
+        raise MalformedMessage(f"column 'loss_mask' is not {count} bits")
+    return np.unpackbits(bits, count=count, bitorder="little")
 
 
 def run_lengths(values: Array) -> tuple[Array, Array]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from databus.batches import Waiting
-from databus.codec import Frame, MalformedMessage, decode_columns
+from databus.codec import Frame, MalformedMessage
 from databus.evaluation import is_evaluation
-from databus.groups import Group, group_from_columns
+from databus.groups import Group, decode_group
 from databus.history import CompletionHistory, encode_history, problem_key
 from databus.leases import Held
 from databus.ledger import Entry
@@ -171,7 +171,7 @@ class LeaseDesk:
 
     def completed(self, worker: Peer, message: Completed, frames: Sequence[Frame]) -> None:
         """Take a scored group, once. Raises: MalformedMessage if it is not what was leased."""
-        group = group_from_columns(decode_columns(message.columns, frames))
+        group = decode_group(message.columns, frames)
         if group.reward_parts.shape[1] != len(message.reward_names):
             raise MalformedMessage("reward_parts and reward_names differ in length")
         worker.received_tokens += group.num_tokens

@@ -86,7 +86,7 @@ class Credits(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Completed(Struct, frozen=True, kw_only=True, tag=True):
-    """Worker -> broker: a scored group; columns as `databus.groups.GROUP_COLUMNS`. Kept until `Ack`."""
+    """Worker -> broker: a scored group; columns as `databus.groups.encode_group` makes them. Kept until `Ack`."""
 
     group_id: str
     columns: tuple[Column, ...]

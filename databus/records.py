@@ -35,7 +35,7 @@ class GroupLeased(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class GroupCompleted(Struct, frozen=True, kw_only=True, tag=True):
-    """A group was taken in. Its columns, `databus.groups.GROUP_COLUMNS`, are the record's frames.
+    """A group was taken in. Its columns, as of `databus.groups.encode_group`, are the record's frames.
 
     copied: the group came in earlier and waits still; it is here again so that earlier segments can be dropped.
     """

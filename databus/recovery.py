@@ -4,8 +4,7 @@ import time
 from collections.abc import Iterable
 
 from databus.batches import Waiting
-from databus.codec import decode_columns
-from databus.groups import group_from_columns
+from databus.groups import decode_group
 from databus.journal import JournalDamaged, JournalEntry
 from databus.lease_desk import LeaseDesk
 from databus.records import BatchCut, GroupCompleted, GroupLeased, GroupMoved, HistorySaved, StateSaved, StepTaken
@@ -91,7 +90,7 @@ class Recovery:
         entry, held = state.ledger.get(record.group_id), state.leases.get(record.group_id)
         if entry is None or held is None:
             raise ValueError(f"group {record.group_id} was completed, and is not open")
-        group = group_from_columns(decode_columns(record.columns, item.frames))
+        group = decode_group(record.columns, item.frames)
         for other in state.ledger.complete(entry):
             state.leases.drop(other.group_id)
         state.leases.drop(entry.group_id)

@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 
 from databus.batches import Waiting
-from databus.codec import Frame, decode_columns
-from databus.groups import group_from_columns
+from databus.codec import Frame
+from databus.groups import decode_group
 from databus.history import CompletionHistory, decode_history, encode_history
 from databus.journal import JournalEntry
 from databus.ledger import Entry
@@ -85,7 +85,7 @@ def load_copy(state: RunState, record: GroupCompleted, item: JournalEntry) -> No
     state.queue.add(
         Waiting(
             entry,
-            group_from_columns(decode_columns(record.columns, item.frames)),
+            decode_group(record.columns, item.frames),
             record.reward_names,
             state.prompts.get(entry.cursor).prompt,
             record.columns,

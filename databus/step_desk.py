@@ -6,9 +6,8 @@ from array import array
 from collections.abc import Mapping
 
 from databus.batches import CutBatch, Waiting
-from databus.codec import decode_columns
 from databus.evaluation import Evaluation
-from databus.groups import group_from_columns
+from databus.groups import decode_group
 from databus.ledger import Entry
 from databus.messages import BatchRequest, Cancel, Hello, Position, PositionRequest, Refused, StepDone, VersionPublished
 from databus.peers import Peer
@@ -84,7 +83,7 @@ class StepDesk:
         for place in self._state.trained[step]:
             _, record, frames = self._state.chronicle.read(place)
             assert isinstance(record, GroupCompleted)
-            group = self._state.gate.admit(group_from_columns(decode_columns(record.columns, frames)), step)
+            group = self._state.gate.admit(decode_group(record.columns, frames), step)
             assert group is not None
             entry = Entry(record.group_id, cursor=-1, attempt=-1, order=-1, next_attempt=-1)
             waiting.append(Waiting(entry, group, record.reward_names, ""))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from databus.codec import Frame, decode_columns, encode_columns
+from databus.codec import Frame
 from databus.config import StalePolicy
-from databus.groups import Group, group_from_columns
+from databus.groups import Group, decode_group, encode_group
 from databus.journal import Place, read_journal, read_record
 from databus.messages import Batch, BatchGroup, BatchRequest
 from databus.records import BatchCut, BrokerStarted, GroupCompleted, StepTaken
@@ -67,7 +67,7 @@ class RecordedRun:
         frames: list[Frame] = []
         heads: list[BatchGroup] = []
         for group_id, group in zip(recorded.group_ids, self._groups(recorded), strict=True):
-            columns, parts = encode_columns(group.columns())
+            columns, parts = encode_group(group)
             heads.append(BatchGroup(group_id=group_id, columns=columns, first_frame=len(frames)))
             frames += parts
         return Batch(step=step, max_staleness=recorded.terms.max_staleness, groups=tuple(heads)), frames
@@ -79,7 +79,7 @@ class RecordedRun:
         for group_id in batch.group_ids:
             entry = read_record(self._journal, self._places[group_id])
             assert isinstance(entry.record, GroupCompleted)
-            group = gate.admit(group_from_columns(decode_columns(entry.record.columns, entry.frames)), batch.step)
+            group = gate.admit(decode_group(entry.record.columns, entry.frames), batch.step)
             if group is None:
                 raise ValueError(f"group {group_id} was too old for step {batch.step}: see `echelon audit`")
             yield group

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from databus.codec import Frame, MalformedMessage, decode_columns, encode_header
-from databus.groups import Group, group_from_columns
+from databus.codec import Frame, MalformedMessage, encode_header
+from databus.groups import Group, decode_group
 from databus.messages import Batch, BatchRequest
 from learner.bus import BrokerLink, RunStoppedError
 
@@ -91,7 +91,7 @@ def decode_batch(batch: Batch, frames: Sequence[Frame]) -> list[Group]:
     groups: list[Group] = []
     for group in batch.groups:
         own = frames[group.first_frame : group.first_frame + len(group.columns)]
-        groups.append(group_from_columns(decode_columns(group.columns, own)))
+        groups.append(decode_group(group.columns, own))
     return groups
 
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from databus.codec import Frame, encode_columns
-from databus.groups import Group, run_lengths
+from databus.codec import Frame
+from databus.groups import Group, encode_group, run_lengths
 from databus.messages import Completed
 from rollout.engine.base import Completion
 
 
-def encode_group(
+def completed_message(
     group_id: str,
     prompt_ids: Sequence[int],
     completions: Sequence[Completion],
@@ -22,7 +22,7 @@ def encode_group(
     """The message and its frames. `parts`: of each completion's reward, in order; a part that one lacks is 0."""
     names = tuple(dict.fromkeys(name for each in parts for name in each))
     group = make_group(prompt_ids, completions, parts, names)
-    columns, frames = encode_columns(group.columns())
+    columns, frames = encode_group(group)
     message = Completed(group_id=group_id, columns=columns, reward_names=names, generate_s=generate_s, score_s=score_s)
     return message, frames
 

@@ -15,7 +15,7 @@ from databus.messages import Failed, Lease, Released
 from rewards.errors import RewardError
 from rewards.sample import Sample
 from rollout.engine.base import Completion, Engine, EngineDead, EngineError, GenerateRequest
-from rollout.groups_out import encode_group
+from rollout.groups_out import completed_message
 from rollout.history_in import HistoryReader
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class LeaseWork:
             generated()
         generated_at = time.monotonic()
         parts = await self.scorer.score(self._samples(lease, completions))
-        return encode_group(
+        return completed_message(
             lease.group_id,
             lease.prompt_ids,
             completions,

@@ -4,6 +4,7 @@ PullError
 └── VersionGoneError   the server keeps that version no longer; a newer one will be announced
 """
 
+import contextlib
 import logging
 import mmap
 import os
@@ -106,12 +107,17 @@ class _Pull:
         asked = 0.0
         while True:
             if time.monotonic() - asked > self.limits.resend_s:
-                self.socket.send(encode_header(ManifestRequest(version=self.version)))
+                self._send(ManifestRequest(version=self.version))
                 asked = time.monotonic()
             match self._receive():
                 case (Manifest(version=self.version) as manifest, []):
                     _check(manifest, self.num_bytes)
                     return manifest
+
+    def _send(self, request: ManifestRequest | ChunkRequest) -> None:
+        """Where nobody takes it, as where the key was refused, the silence that follows ends the pull."""
+        with contextlib.suppress(zmq.Again):
+            self.socket.send(encode_header(request), zmq.DONTWAIT)
 
     def _fetch(self, manifest: Manifest, buffer: mmap.mmap) -> None:
         missing = set(range(-(-manifest.num_bytes // manifest.chunk_bytes)))
@@ -137,7 +143,7 @@ class _Pull:
             self._request(index)
 
     def _request(self, index: int) -> None:
-        self.socket.send(encode_header(ChunkRequest(version=self.version, index=index)))
+        self._send(ChunkRequest(version=self.version, index=index))
         self._asked[index] = time.monotonic()
 
     def _receive(self) -> tuple[Any, list[memoryview]] | None:

@@ -7,8 +7,8 @@ import msgspec
 import numpy as np
 import xxhash
 
-from databus.codec import Array, Frame, decode_columns
-from databus.groups import Group, group_from_columns
+from databus.codec import Array, Frame
+from databus.groups import Group, decode_group
 from databus.records import GroupCompleted
 
 
@@ -42,7 +42,7 @@ class GroupFacts:
 
 def read_facts(record: GroupCompleted, frames: Sequence[Frame]) -> GroupFacts:
     """Raises: MalformedMessage for columns that no group can have."""
-    group = group_from_columns(decode_columns(record.columns, frames))
+    group = decode_group(record.columns, frames)
     versions, counts = np.unique(group.token_versions()[group.loss_mask.astype(bool)], return_counts=True)
     return GroupFacts(
         digest=_digest(record, frames),

@@ -11,9 +11,17 @@ class ExpectedTensors:
 
     def __init__(self, model: Any) -> None:
         """model: a transformers model with its weights tied; may lie on the meta device."""
+        from transformers.core_model_loading import revert_weight_conversion
+
         state: Mapping[str, Any] = model.state_dict(keep_vars=True)
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        self._identities = {name: id(tensor) for name, tensor in state.items()}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._identities: dict[str, tuple[int, int]] = {}
+        for name, tensor in state.items():
+            # What transformers keeps in one tensor may be several in a checkpoint, and in a snapshot: experts are.
+            stored = revert_weight_conversion(model, {name: tensor.to("meta")})
+            for index, (part, shaped) in enumerate(stored.items()):
+                self._shapes[part] = tuple(shaped.shape)
+                self._identities[part] = (id(tensor), index)
 
     @classmethod
     def of(cls, model: str) -> "ExpectedTensors":

@@ -7,7 +7,8 @@ import msgspec
 import numpy as np
 from scripted import make_group
 
-from databus.codec import encode_columns, encode_header
+from databus.codec import decode_columns, encode_columns, encode_header
+from databus.groups import encode_group
 from databus.messages import (
     BatchRequest,
     Column,
@@ -158,7 +159,7 @@ class Malformed:
         changes = {
             "logprobs": np.float32(self._random.choice([np.nan, np.inf, 1.0])),
             "token_ids": np.int32(-1),
-            "loss_mask": np.uint8(2),
+            "loss_mask": np.uint8(255),  # bits beyond the last of five tokens
             "lengths": np.int32(-5),
             "version_values": np.int32(-1),
             "rewards": np.float32(np.nan),
@@ -193,7 +194,8 @@ class Malformed:
         return encode_header(self._random.choice(VALID))
 
     def _group(self, changes: dict[str, np.generic] | None = None) -> Frames:
-        arrays = {name: array.copy() for name, array in make_group([1, 2], [[0, 0, 0], [0, 0]]).columns().items()}
+        encoded = encode_group(make_group([1, 2], [[0, 0, 0], [0, 0]]))
+        arrays = {name: array.copy() for name, array in decode_columns(*encoded).items()}
         for name, value in (changes or {}).items():
             arrays[name].flat[0] = value
         columns, frames = encode_columns(arrays)

@@ -11,9 +11,8 @@ from msgspec import Struct
 
 from databus.broker import Broker
 from databus.client import BusClient
-from databus.codec import encode_columns
 from databus.config import BrokerConfig, BusConfig
-from databus.groups import Group, run_lengths
+from databus.groups import Group, encode_group, run_lengths
 from databus.keys import ClientKeys
 from databus.messages import (
     Ack,
@@ -135,7 +134,7 @@ def connect(address: str, name: str, role: Any, keys: ClientKeys | None = None, 
 
 
 def send_group(client: BusClient, group_id: str, group: Group) -> None:
-    columns, frames = encode_columns(group.columns())
+    columns, frames = encode_group(group)
     client.send(Completed(group_id=group_id, columns=columns, reward_names=("reward",)), frames)
 
 

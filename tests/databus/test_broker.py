@@ -15,9 +15,9 @@ from scripted import (
 )
 
 from databus.client import BusClient
-from databus.codec import encode_columns
 from databus.config import BusConfig
 from databus.errors import BusRefused
+from databus.groups import encode_group
 from databus.journal import Journal
 from databus.messages import (
     Ack,
@@ -289,8 +289,7 @@ def test_unknown_columns_are_refused_without_harm(address: str) -> None:
     worker = connect(address, "w", "worker", max_sequences=4)
     worker.send(Credits(total=1))
     lease = receive(worker, Lease)
-    arrays = make_group(lease.prompt_ids, [[0], [0]]).columns()
-    columns, frames = encode_columns(arrays)
+    columns, frames = encode_group(make_group(lease.prompt_ids, [[0], [0]]))
     worker.send(Completed(group_id=lease.group_id, columns=columns[:-1], reward_names=("reward",)), frames[:-1])
     assert "truncated" in receive(worker, Refused).reason
     worker.send(Completed(group_id=lease.group_id, columns=columns, reward_names=("reward",)), frames[:-1])

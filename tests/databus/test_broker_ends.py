@@ -1,5 +1,6 @@
 """The broker over real sockets: evaluations at the edges, groups nobody can train, another batch size on resume."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ from scripted import (
     send_group,
 )
 
-from databus.codec import encode_columns
-from databus.groups import Group
+from databus.groups import Group, encode_group
 from databus.journal import Journal
 from databus.messages import (
     Ack,
@@ -149,9 +149,8 @@ def test_part_of_a_reward_cannot_hide_its_mean(address: str) -> None:
     worker = connect(address, "w", "worker", max_sequences=4)
     worker.send(Credits(total=1))
     lease = receive(worker, Lease)
-    columns = make_group(lease.prompt_ids, [[0], [0]], [1.0, 0.0]).columns()
-    columns["reward_parts"] = columns["reward_parts"] + 6
-    heads, frames = encode_columns(columns)
+    group = make_group(lease.prompt_ids, [[0], [0]], [1.0, 0.0])
+    heads, frames = encode_group(replace(group, reward_parts=group.reward_parts + 6))
     worker.send(Completed(group_id=lease.group_id, columns=heads, reward_names=("mean",)), frames)
     learner = ScriptedLearner(address)
     learner.step(0)

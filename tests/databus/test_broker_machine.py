@@ -19,8 +19,8 @@ from test_recovery import digest
 import databus.broker
 import databus.group_commit
 from databus.broker import Broker
-from databus.codec import encode_columns
 from databus.config import BusConfig, HistoryConfig
+from databus.groups import encode_group
 from databus.journal import Journal, read_journal, recover, segments
 from databus.messages import (
     Ack,
@@ -192,7 +192,7 @@ class BrokerThatCrashes(RuleBasedStateMachine):
     def complete(self, data: st.DataObject, reward: float, copies: int) -> None:
         group_id, (worker, lease) = self._pick(data)
         versions = [[data.draw(st.integers(max(0, self.step - 2), self.step)) for _ in range(2)] for _ in range(2)]
-        columns, frames = encode_columns(make_group(lease.prompt_ids, versions, [reward, 1.0]).columns())
+        columns, frames = encode_group(make_group(lease.prompt_ids, versions, [reward, 1.0]))
         message = Completed(group_id=group_id, columns=columns, reward_names=("reward",))
         self.unacknowledged[group_id] = worker, message, [bytes(frame) for frame in frames]
         for _ in range(copies):

@@ -1,6 +1,7 @@
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scripted import make_group
 
 from databus.codec import MalformedMessage
-from databus.groups import GROUP_COLUMNS, group_from_columns, run_lengths
+from databus.groups import GROUP_COLUMNS, decode_group, encode_group, group_from_columns, run_lengths
 
 columns = make_group((1, 2), [[0, 0, 1], [1, 1]]).columns()
 
@@ -116,3 +117,22 @@ def test_whatever_comes_is_a_sound_group_or_malformed(changed: dict[str, np.ndar
     assert group.lengths.sum() == group.num_tokens and group.rewards.shape == (group.size,)
     assert np.isfinite(group.logprobs).all() and np.isfinite(group.rewards).all()
     assert min(group.token_ids.min(initial=0), group.version_values.min(initial=0)) >= 0
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=20), min_size=1, max_size=4))
+def test_a_mask_of_any_length_survives_the_wire(masks: list[list[int]]) -> None:
+    group = make_group((1,), [[0] * len(mask) for mask in masks], loss_mask=[bit for mask in masks for bit in mask])
+    heads, frames = encode_group(group)
+    assert decode_group(heads, frames).loss_mask.tolist() == group.loss_mask.tolist()
+    assert sum(
+        memoryview(frame).nbytes for head, frame in zip(heads, frames, strict=True) if head.name == "loss_mask"
+    ) == ((group.num_tokens + 7) // 8)
+
+
+@pytest.mark.parametrize("bits", [b"", b"\x1f\x00", b"\x3f"], ids=["too few", "too many", "one beyond the last"])
+def test_bits_that_are_no_mask(bits: bytes) -> None:
+    heads, frames = encode_group(group_from_columns(columns))
+    place = next(index for index, head in enumerate(heads) if head.name == "loss_mask")
+    heads = (*heads[:place], msgspec.structs.replace(heads[place], shape=(len(bits),)), *heads[place + 1 :])
+    with pytest.raises(MalformedMessage, match="'loss_mask' is not 5 bits"):
+        decode_group(heads, [*frames[:place], bits, *frames[place + 1 :]])

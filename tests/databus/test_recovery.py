@@ -14,8 +14,8 @@ from scripted import NoSocket, Prompts, Sink, broker_config, make_group
 
 import databus.broker
 from databus.broker import Broker
-from databus.codec import encode_columns
 from databus.config import BrokerConfig, BusConfig, StalePolicy
+from databus.groups import encode_group
 from databus.journal import Journal, JournalDamaged, read_journal
 from databus.messages import (
     Batch,
@@ -120,7 +120,7 @@ class Theatre:
         versions = [[self._draw.randint(max(0, newest - 2), newest) for _ in range(3)] for _ in range(lease.group_size)]
         reward = self._draw.choice([0.0, 1.0])
         mask = [self._draw.choice([0, 1, 1, 1]) for each in versions for _ in each]
-        columns, frames = encode_columns(make_group(lease.prompt_ids, versions, [reward] * 2, mask).columns())
+        columns, frames = encode_group(make_group(lease.prompt_ids, versions, [reward] * 2, mask))
         message = Completed(group_id=lease.group_id, columns=columns, reward_names=("reward",))
         self.socket.put(worker, message, [bytes(frame) for frame in frames])
 

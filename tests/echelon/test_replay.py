@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from learner_script import encode_batch, learner_run, make_groups, train
 
-from databus.codec import encode_columns
-from databus.groups import Group
+from databus.groups import Group, encode_group
 from databus.journal import Journal
 from databus.messages import BatchRequest
 from databus.records import BatchCut, BrokerStarted, GroupCompleted, StepTaken
@@ -61,7 +60,7 @@ def write_journal(folder: Path, metrics: Sequence[dict[str, float]], first: int 
 
 def add_batch(journal: Journal, step: int, groups: Sequence[Group]) -> None:
     for index, group in enumerate(groups):
-        columns, frames = encode_columns(group.columns())
+        columns, frames = encode_group(group)
         journal.append(GroupCompleted(group_id=f"g{step}-{index}", worker="w", columns=columns), frames)
     journal.append(BatchCut(step=step, group_ids=tuple(f"g{step}-{index}" for index in range(len(groups)))))
 

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from databus.codec import Frame, encode_columns
-from databus.groups import Group, run_lengths
+from databus.codec import Frame
+from databus.groups import Group, encode_group, run_lengths
 from databus.messages import Batch, BatchGroup, BatchRequest, Position, PositionRequest, StepDone, Stop
 from learner.config import LearnerConfig
 from learner.run import LearnerRun, run_learner
@@ -52,7 +52,7 @@ def encode_batch(step: int, groups: Sequence[Group]) -> tuple[Batch, list[Frame]
     headers: list[BatchGroup] = []
     frames: list[Frame] = []
     for index, group in enumerate(groups):
-        columns, own = encode_columns(group.columns())
+        columns, own = encode_group(group)
         headers.append(BatchGroup(group_id=f"g{step}-{index}", columns=columns, first_frame=len(frames)))
         frames += own
     return Batch(step=step, max_staleness=MAX_STALENESS, groups=tuple(headers)), frames

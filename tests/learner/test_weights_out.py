@@ -1,3 +1,4 @@
+import contextlib
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ class Client:
         self._socket.connect(address)
 
     def send(self, *frames: bytes) -> None:
-        self._socket.send_multipart(frames)
+        with contextlib.suppress(zmq.Again):  # where the key was refused there is nobody to send to
+            self._socket.send_multipart(frames, zmq.DONTWAIT)
 
     def answered(self, within_ms: int) -> bool:
         return bool(self._socket.poll(within_ms))

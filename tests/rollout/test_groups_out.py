@@ -1,9 +1,8 @@
 import numpy as np
 
-from databus.codec import decode_columns
-from databus.groups import group_from_columns
+from databus.groups import decode_group
 from rollout.engine.base import Completion
-from rollout.groups_out import encode_group
+from rollout.groups_out import completed_message
 
 
 def completion(tokens: list[int], versions: list[int], truncated: bool = False) -> Completion:
@@ -16,7 +15,7 @@ def completion(tokens: list[int], versions: list[int], truncated: bool = False) 
 
 
 def test_a_group_survives_the_wire() -> None:
-    message, frames = encode_group(
+    message, frames = completed_message(
         "g",
         (1, 2, 3),
         [completion([5, 6, 2], [0, 0, 1]), completion([7], [1], truncated=True)],
@@ -25,7 +24,7 @@ def test_a_group_survives_the_wire() -> None:
         score_s=0.5,
     )
     assert message.reward_names == ("answer", "format", "length")
-    group = group_from_columns(decode_columns(message.columns, frames))
+    group = decode_group(message.columns, frames)
     assert group.prompt_ids.tolist() == [1, 2, 3]
     assert group.lengths.tolist() == [3, 1]
     assert group.token_ids.tolist() == [5, 6, 2, 7]

@@ -18,8 +18,8 @@ import psutil
 import pytest
 import zmq
 
-from databus.codec import Frame, decode_columns, encode_header
-from databus.groups import Group, group_from_columns
+from databus.codec import Frame, encode_header
+from databus.groups import Group, decode_group
 from databus.messages import (
     Ack,
     Chunk,
@@ -98,7 +98,7 @@ class Broker:
 
     def group(self, index: int) -> Group:
         message, frames = [pair for pair in self.received if isinstance(pair[0], Completed)][index]
-        return group_from_columns(decode_columns(message.columns, frames))
+        return decode_group(message.columns, frames)
 
     def _take(self, timeout_s: float) -> None:
         received = self._socket.receive(timeout_s)

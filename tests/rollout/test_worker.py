@@ -11,9 +11,9 @@ from msgspec import Struct
 import rollout.versions
 import rollout.worker
 from databus.client import Arrived
-from databus.codec import Frame, decode_columns
+from databus.codec import Frame
 from databus.errors import BusLost
-from databus.groups import Group, group_from_columns
+from databus.groups import Group, decode_group
 from databus.messages import (
     Ack,
     Cancel,
@@ -82,7 +82,7 @@ class FakeBus:
     def group(self, group_id: str) -> Group:
         for message, frames in self.sent:
             if isinstance(message, Completed) and message.group_id == group_id:
-                return group_from_columns(decode_columns(message.columns, frames))
+                return decode_group(message.columns, frames)
         raise AssertionError(f"{group_id} was not completed")
 
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import msgspec
 from scripted import make_group
 
 from databus.batches import BatchQueue, CutBatch, Waiting
-from databus.codec import Frame, decode_columns, encode_columns
+from databus.codec import Frame
 from databus.config import StalePolicy
-from databus.groups import Group, group_from_columns
+from databus.groups import Group, decode_group, encode_group
 from databus.journal import Journal, read_journal, segment_path, segments
 from databus.ledger import Entry, Ledger
 from databus.messages import Position
@@ -72,11 +73,11 @@ class JournalRecords:
     def group(self, index: int) -> Group:
         record, frames = self.records[index]
         assert isinstance(record, GroupCompleted)
-        return group_from_columns(decode_columns(record.columns, frames))
+        return decode_group(record.columns, frames)
 
     def change_group(self, index: int, **columns: Any) -> None:
         """Other columns for a completed group."""
-        described, frames = encode_columns(self.group(index).columns() | columns)
+        described, frames = encode_group(replace(self.group(index), **columns))
         self.change(index, columns=described)
         self.records[index] = (self.records[index][0], frames)
 
@@ -228,7 +229,7 @@ class ScriptedRun(JournalRecords):
             self._add(GroupMoved(group_id=entry.group_id, state=state))  # type: ignore[arg-type]
 
     def _add_completed(self, waiting: Waiting, copied: bool = False) -> None:
-        columns, frames = encode_columns(waiting.group.columns())
+        columns, frames = encode_group(waiting.group)
         record = GroupCompleted(
             group_id=waiting.entry.group_id, worker="worker-0", columns=columns, reward_names=("reward",), copied=copied
         )
