@@ -117,6 +117,9 @@ def test_messages_are_lost_doubled_delayed_and_reordered(seed: int) -> None:
         try:
             scene.faults.hold.touch()
             scene.start()
+            wait_for(
+                scene, lambda: scene.steps_done() >= 2
+            )  # all are there, so that a cut is one of several connections
             for _ in range(5):
                 scene.play(scene.random.uniform(1.0, 2.0))
                 proxy.cut()
