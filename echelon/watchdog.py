@@ -17,6 +17,7 @@ from echelon.roster import BROKER, Roster
 STACKS_S = 5.0
 """How long a role may take to write its stacks."""
 WRITING_S = 0.5
+BETWEEN_S = 0.1
 SILENT_S = 5.0
 """A broker or worker that has not been heard for longer is worth a word, whatever its heartbeat."""
 MAX_STACK_BYTES = 64 << 10
@@ -59,6 +60,7 @@ class Watchdog:
         for pid in self._roster.stack_processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
+            time.sleep(BETWEEN_S)  # a worker and its scoring processes write to one log
         deadline = time.monotonic() + STACKS_S
         while time.monotonic() < deadline and any(c.log.stat().st_size == before[c.name] for c in children):
             time.sleep(0.1)
