@@ -74,15 +74,12 @@ class Snapshotter:
         for name, parameter in self._causal_lm.named_parameters():
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             if self._rank == 0:
-                stored = as_stored(self._causal_lm, name, whole) if self._is_converted(name) else {name: whole}
+                stored = as_stored(self._causal_lm, name, whole)
                 specs += [self._write(data, part, tensor, offsets[part]) for part, tensor in stored.items()]
         if self._rank != 0:
             return None
         manifest = Manifest(version=version, num_bytes=num_bytes, chunk_bytes=self._chunk_bytes, tensors=tuple(specs))
         return Snapshot(manifest, data)
-
-    def _is_converted(self, name: str) -> bool:
-        return list(self._shapes[name]) != [name]
 
     def _layout(self) -> tuple[dict[str, int], int]:
         """(where each tensor begins, bytes of all)."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.numpy import load_file
-from test_model import TEMPERATURE, assert_same_gradients, forward, make_sequences, plain_logprobs
+from test_model import assert_packed_equals_unpacked
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -20,8 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from learner.model import ModelOptions, build_model, load_causal_lm
-from learner.packing import plan_microbatches
+from learner.model import ModelOptions, build_model
 from learner.snapshot import Snapshotter
 
 SIZES: dict[str, Any] = {
@@ -64,21 +63,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("model", CONFIGS, indirect=True)
 def test_packed_is_unpacked(model: Path, single_rank: None) -> None:
-    sequences = make_sequences()
-    policy = build_model(model, ModelOptions(temperature=TEMPERATURE, logprob_chunk_tokens=16))
-    (microbatch,) = plan_microbatches(sequences, 0, 1, 90)
-    assert microbatch.position_ids.shape[0] < len(sequences)
-    logprobs, entropy = forward(policy, microbatch)
-    logprobs.sum().backward()
-
-    plain = load_causal_lm(model)
-    expected = [plain_logprobs(plain, sequence) for sequence in sequences]
-    torch.cat([values for values, _ in expected]).sum().backward()
-    for index, (values, entropies) in enumerate(expected):
-        own = microbatch.tokens.sampled == index
-        assert torch.allclose(logprobs[own], values, atol=2e-5)
-        assert torch.allclose(entropy[own], entropies, atol=2e-5)
-    assert_same_gradients(policy, plain)
+    assert_packed_equals_unpacked(model)
 
 
 @pytest.mark.parametrize("model", CONFIGS, indirect=True)

@@ -36,18 +36,22 @@ def forward(policy: PolicyModel, microbatch: MicroBatch) -> tuple[Tensor, Tensor
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_packed_equals_unpacked_transformers(gradient_checkpointing: bool, single_rank: None, tiny_model: Path) -> None:
+    assert_packed_equals_unpacked(tiny_model, gradient_checkpointing)
+
+
+def assert_packed_equals_unpacked(model: Path, gradient_checkpointing: bool = False) -> None:
     """Values and gradients, against one plain forward pass of transformers a sequence."""
     sequences = make_sequences()
     options = ModelOptions(
         temperature=TEMPERATURE, logprob_chunk_tokens=16, gradient_checkpointing=gradient_checkpointing
     )
-    policy = build_model(tiny_model, options)
+    policy = build_model(model, options)
     (microbatch,) = plan_microbatches(sequences, 0, 1, 90)
     assert (microbatch.position_ids == 0).sum() == len(LENGTHS)  # several sequences a row
     logprobs, entropy = forward(policy, microbatch)
     logprobs.sum().backward()
 
-    plain = load_causal_lm(tiny_model)
+    plain = load_causal_lm(model)
     expected = [plain_logprobs(plain, sequence) for sequence in sequences]
     torch.cat([values for values, _ in expected]).sum().backward()
     for index, (values, entropies) in enumerate(expected):

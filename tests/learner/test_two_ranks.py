@@ -1,4 +1,4 @@
-"""The whole learner on one, two and four ranks, as processes of a torchrun job."""
+"""The whole learner on one, two and four ranks, as processes with the environment of a torchrun job."""
 
 import json
 from collections.abc import Callable
