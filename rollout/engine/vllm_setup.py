@@ -11,6 +11,7 @@ from rollout.config import DraftConfig, RolloutConfig
 from rollout.drafting.proposer import PROPOSER
 
 WORKER_EXTENSION = "rollout.engine.vllm_worker.SnapshotLoader"
+EXECUTOR = "rollout.engine.vllm_executor.OneCallExecutor"
 
 
 def set_environment(config: RolloutConfig, model: str) -> None:
@@ -71,6 +72,7 @@ def engine_arguments(config: RolloutConfig, model: str, seed: int, draft: DraftC
         disable_log_stats=True,
         worker_extension_cls=WORKER_EXTENSION,
         speculative_config=speculation(draft),
+        distributed_executor_backend=EXECUTOR if config.device == "cpu" else None,
     )
 
 

@@ -53,6 +53,15 @@ class SnapshotLoader:
         sample_plainly_without_drafts(self.model_runner.rejection_sampler)
         self.model_runner.drafter.start(self.model_runner, msgspec.msgpack.decode(encoded, type=DraftSetup))
 
+    def echelon_step(self, scheduler_output: Any) -> tuple[Any, Any]:
+        """A step of the model, for `OneCallExecutor`. Returns: what was sampled; the drafts, None if there are none."""
+        worker: Any = self
+        output = worker.execute_model(scheduler_output)
+        if output is None:
+            output = worker.sample_tokens(None)
+        drafts = worker.take_draft_token_ids()
+        return output, drafts if drafts is not None and any(drafts.draft_token_ids) else None
+
     def echelon_apply_snapshot(self, encoded: bytes, path: str) -> str:
         """Load the snapshot that lies in the file at `path`, a memfd of the parent's under /proc.
 

@@ -1,0 +1,55 @@
+"""One call a step from vLLM's engine core to its worker, where vLLM makes two, and three with drafts.
+
+On the CPU the two are processes, and each call waits for the other to wake up: a few per cent of a step of a small
+model. Written against vLLM 0.32.0, which takes an executor's name (`distributed_executor_backend`).
+"""
+
+from concurrent.futures import Future
+from typing import Any
+
+import vllm.envs
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+STEP = "echelon_step"
+"""The worker's method, of `rollout.engine.vllm_worker.SnapshotLoader`."""
+
+
+class OneCallExecutor(MultiprocExecutor):
+    """A step's drafts come with its tokens, and wait here until the engine core asks for them."""
+
+    _drafts: Any = None
+    _drafts_wait = False
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """Sampling included, unless a grammar is to be applied between the two."""
+        self._drafts_wait = not scheduler_output.has_structured_output_requests
+        if not self._drafts_wait:
+            return super().execute_model(scheduler_output, non_block)
+        answer = self.collective_rpc(
+            STEP,
+            args=(scheduler_output,),
+            unique_reply_rank=self.output_rank,
+            non_block=True,
+            timeout=vllm.envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS,
+        )
+        step = _Step(self, answer)
+        return step if non_block else step.result()
+
+    def take_draft_token_ids(self) -> Any:
+        if not self._drafts_wait:
+            return super().take_draft_token_ids()
+        drafts, self._drafts = self._drafts, None
+        return drafts
+
+
+class _Step(Future):
+    """A step's tokens; asked for them, it leaves the drafts with the executor."""
+
+    def __init__(self, executor: OneCallExecutor, answer: Any) -> None:
+        super().__init__()
+        self._executor = executor
+        self._answer = answer
+
+    def result(self, timeout: float | None = None) -> Any:
+        output, self._executor._drafts = self._answer.result(timeout)
+        return output
