@@ -1,7 +1,7 @@
-"""Wire format: one msgpack header frame, then one raw little-endian frame a column.
+"""Wire format: a msgpack header frame, then columns, raw and little-endian: small ones in one frame, others alone.
 
-Encoding copies nothing: a column frame is the array's own memory. Decoding is typed, checks dtypes
-against a whitelist and every frame's length against its header, and gives read-only views.
+Encoding copies small columns only: another's frame is the array's own memory. Decoding is typed, checks dtypes against
+a whitelist and every frame's length against its header, and gives read-only views.
 """
 
 import math
@@ -21,6 +21,10 @@ Frame = bytes | memoryview
 DTYPES = {name: np.dtype(name) for name in ("<i4", "<i8", "<f4", "<u8", "|u1")}
 """The whitelist."""
 MAX_DIMENSIONS = 4
+SHARED_BYTES = 1024
+"""Columns of at most so many bytes share the first frame, each at a multiple of `ALIGNMENT_BYTES`: to send and receive
+another frame takes longer than to copy them."""
+ALIGNMENT_BYTES = 8
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -39,6 +43,7 @@ def encode_columns(arrays: Mapping[str, Array]) -> tuple[tuple[Column, ...], lis
     Raises: ValueError for a dtype that is not on the whitelist: that is our own mistake, not a peer's.
     """
     columns: list[Column] = []
+    small: list[Frame] = []
     frames: list[Frame] = []
     for name, array in arrays.items():
         packed = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
@@ -46,8 +51,12 @@ def encode_columns(arrays: Mapping[str, Array]) -> tuple[tuple[Column, ...], lis
         if dtype not in DTYPES:
             raise ValueError(f"column {name!r} has dtype {dtype}; allowed: {sorted(DTYPES)}")
         columns.append(Column(name=name, dtype=dtype, shape=packed.shape))
-        frames.append(packed.reshape(-1).view(np.uint8).data if packed.size else b"")
-    return tuple(columns), frames
+        if packed.nbytes > SHARED_BYTES:
+            frames.append(packed.reshape(-1).view(np.uint8).data)
+        else:
+            small.append(packed.tobytes() + bytes(-packed.nbytes % ALIGNMENT_BYTES))
+    shared = b"".join(small)
+    return tuple(columns), [shared, *frames] if shared else frames
 
 
 def decode_header(frame: Frame, decoder: "msgspec.msgpack.Decoder[T]") -> T:
@@ -58,31 +67,55 @@ def decode_header(frame: Frame, decoder: "msgspec.msgpack.Decoder[T]") -> T:
         raise MalformedMessage(f"bad header: {error}") from None
 
 
+def frame_sizes(columns: Sequence[Column]) -> list[int]:
+    """Bytes of each frame that such columns come in.
+
+    Raises: MalformedMessage where a dtype is not allowed or a shape is wrong.
+    """
+    return _frame_sizes([_num_bytes(column) for column in columns])
+
+
 def decode_columns(columns: Sequence[Column], frames: Sequence[Frame]) -> dict[str, Array]:
     """Read-only views of the frames.
 
     Raises: MalformedMessage where a dtype is not allowed, a shape is wrong, a name appears twice, or a
         frame's length is not what its header says.
     """
-    if len(columns) != len(frames):
-        raise MalformedMessage(f"{len(columns)} columns announced, {len(frames)} frames received")
+    sizes = [_num_bytes(column) for column in columns]
+    views = [memoryview(frame).toreadonly() for frame in frames]
+    announced = _frame_sizes(sizes)
+    if len(views) != len(announced):
+        raise MalformedMessage(f"{len(announced)} frames announced, {len(views)} frames received")
+    for view, size in zip(views, announced, strict=True):
+        if view.nbytes != size:
+            raise MalformedMessage(f"a frame of {view.nbytes} bytes, its header says {size}")
     arrays: dict[str, Array] = {}
-    for column, frame in zip(columns, frames, strict=True):
+    next_frame, next_byte = int(any(0 < size <= SHARED_BYTES for size in sizes)), 0
+    for column, size in zip(columns, sizes, strict=True):
         if column.name in arrays:
             raise MalformedMessage(f"column {column.name!r} appears twice")
-        arrays[column.name] = _decode_column(column, frame)
+        dtype = DTYPES[column.dtype]
+        if size > SHARED_BYTES:
+            array = np.frombuffer(views[next_frame], dtype)
+            next_frame += 1
+        elif size:
+            array = np.frombuffer(views[0], dtype, size // dtype.itemsize, next_byte)
+            next_byte += size + -size % ALIGNMENT_BYTES
+        else:
+            array = np.frombuffer(b"", dtype)
+        arrays[column.name] = array if len(column.shape) == 1 else array.reshape(column.shape)
     return arrays
 
 
-def _decode_column(column: Column, frame: Frame) -> Array:
+def _frame_sizes(sizes: Sequence[int]) -> list[int]:
+    shared = sum(size + -size % ALIGNMENT_BYTES for size in sizes if size <= SHARED_BYTES)
+    return [shared] * bool(shared) + [size for size in sizes if size > SHARED_BYTES]
+
+
+def _num_bytes(column: Column) -> int:
     dtype = DTYPES.get(column.dtype)
     if dtype is None:
         raise MalformedMessage(f"column {column.name!r}: dtype {column.dtype!r} is not allowed")
     if len(column.shape) > MAX_DIMENSIONS or min(column.shape, default=0) < 0:
         raise MalformedMessage(f"column {column.name!r}: bad shape {column.shape}")
-    expected = dtype.itemsize * math.prod(column.shape)  # Python integers: a huge shape cannot overflow
-    view = memoryview(frame).toreadonly()
-    if view.nbytes != expected:
-        raise MalformedMessage(f"column {column.name!r}: {view.nbytes} bytes, its header says {expected}")
-    array = np.frombuffer(view, dtype=dtype)
-    return array if len(column.shape) == 1 else array.reshape(column.shape)
+    return dtype.itemsize * math.prod(column.shape)  # Python integers: a huge shape cannot overflow

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from databus.codec import Frame, MalformedMessage, decode_header, encode_header
+from databus.codec import Frame, MalformedMessage, decode_header, encode_header, frame_sizes
 from databus.crash import crash_point
 from databus.records import Record, StateSaved
 
@@ -332,8 +332,7 @@ def _entry(segment: int, offset: int, data: memoryview, at: int) -> JournalEntry
             f"segment {segment}, byte {offset}: written by another version of Echelon? {error}"
         ) from None
     frames, start = [], header_bytes
-    for column in getattr(record, "columns", ()):
-        num_bytes = int(np.prod(column.shape, dtype=np.int64)) * np.dtype(column.dtype).itemsize
+    for num_bytes in frame_sizes(getattr(record, "columns", ())):
         frames.append(payload[start : start + num_bytes])
         start += num_bytes
     return JournalEntry(Place(segment, offset), record, tuple(frames))

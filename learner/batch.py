@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from databus.codec import Frame, MalformedMessage, encode_header
+from databus.codec import Frame, MalformedMessage, encode_header, frame_sizes
 from databus.groups import Group, decode_group
 from databus.messages import Batch, BatchRequest
 from learner.bus import BrokerLink, RunStoppedError
@@ -90,7 +90,7 @@ def decode_batch(batch: Batch, frames: Sequence[Frame]) -> list[Group]:
     """Raises: MalformedMessage."""
     groups: list[Group] = []
     for group in batch.groups:
-        own = frames[group.first_frame : group.first_frame + len(group.columns)]
+        own = frames[group.first_frame : group.first_frame + len(frame_sizes(group.columns))]
         groups.append(decode_group(group.columns, own))
     return groups
 

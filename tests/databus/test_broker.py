@@ -15,6 +15,7 @@ from scripted import (
 )
 
 from databus.client import BusClient
+from databus.codec import decode_columns, encode_columns
 from databus.config import BusConfig
 from databus.errors import BusRefused
 from databus.groups import encode_group
@@ -289,9 +290,12 @@ def test_unknown_columns_are_refused_without_harm(address: str) -> None:
     worker = connect(address, "w", "worker", max_sequences=4)
     worker.send(Credits(total=1))
     lease = receive(worker, Lease)
-    columns, frames = encode_group(make_group(lease.prompt_ids, [[0], [0]]))
-    worker.send(Completed(group_id=lease.group_id, columns=columns[:-1], reward_names=("reward",)), frames[:-1])
+    group = make_group(lease.prompt_ids, [[0], [0]])
+    arrays = decode_columns(*encode_group(group))
+    columns, frames = encode_columns({name: array for name, array in arrays.items() if name != "truncated"})
+    worker.send(Completed(group_id=lease.group_id, columns=columns, reward_names=("reward",)), frames)
     assert "truncated" in receive(worker, Refused).reason
+    columns, frames = encode_group(group)
     worker.send(Completed(group_id=lease.group_id, columns=columns, reward_names=("reward",)), frames[:-1])
     assert "frames received" in receive(worker, Refused).reason
     worker.close("done")

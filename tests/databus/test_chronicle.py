@@ -21,6 +21,7 @@ from scripted import (
 )
 
 import databus.group_commit
+from databus.codec import frame_sizes
 from databus.groups import GROUP_COLUMNS
 from databus.journal import Journal, read_journal
 from databus.messages import Ack, Credits, Lease
@@ -46,7 +47,7 @@ def test_a_run_is_written_down_in_its_order(address: str, tmp_path: Path) -> Non
             assert history == [GroupLeased, GroupCompleted]
     completed = next(entry for entry in entries if isinstance(entry.record, GroupCompleted))
     assert [column.name for column in completed.record.columns] == list(GROUP_COLUMNS)
-    assert len(completed.frames) == len(GROUP_COLUMNS)
+    assert [frame.nbytes for frame in completed.frames] == frame_sizes(completed.record.columns)
 
 
 def test_lost_lease_is_written_down(address: str, tmp_path: Path) -> None:

@@ -5,11 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from databus.codec import DTYPES, MalformedMessage, decode_columns, decode_header, encode_columns, encode_header
+from databus.codec import (
+    DTYPES,
+    MalformedMessage,
+    decode_columns,
+    decode_header,
+    encode_columns,
+    encode_header,
+    frame_sizes,
+)
 from databus.messages import Column, Credits, Failed, Heartbeat, Lease, Released, Sampling, ToBroker, VersionApplied
 
 arrays = st.sampled_from(sorted(DTYPES)).flatmap(
-    lambda dtype: hnp.arrays(np.dtype(dtype), hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=5))
+    lambda dtype: hnp.arrays(np.dtype(dtype), hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=12))
 )
 to_broker = msgspec.msgpack.Decoder(ToBroker)
 words = st.text(max_size=20)
@@ -78,6 +86,7 @@ def test_deep_nesting_is_malformed_not_a_crash() -> None:
         (Column("a", "<i4", (-1,)), b"", "bad shape"),
         (Column("a", "<i4", (1, 1, 1, 1, 1)), b"1234", "bad shape"),
         (Column("a", "<i8", (2**40, 2**40)), b"", "0 bytes"),
+        (Column("a", "<i4", (300,)), bytes(1199), "1199 bytes"),
     ],
 )
 def test_malformed_columns(column: Column, data: bytes, says: str) -> None:
@@ -87,10 +96,26 @@ def test_malformed_columns(column: Column, data: bytes, says: str) -> None:
 
 def test_columns_and_frames_must_match() -> None:
     column = Column("a", "<i4", (1,))
-    with pytest.raises(MalformedMessage, match="2 columns announced, 1 frames"):
-        decode_columns([column, column], [b"1234"])
+    large = Column("b", "<i4", (300,))
+    with pytest.raises(MalformedMessage, match="2 frames announced, 1 frames"):
+        decode_columns([column, large], [bytes(8)])
     with pytest.raises(MalformedMessage, match="twice"):
-        decode_columns([column, column], [b"1234", b"1234"])
+        decode_columns([column, column], [bytes(16)])
+
+
+def test_small_columns_share_a_frame_and_large_ones_do_not() -> None:
+    given = {
+        "one": np.arange(3, dtype=np.uint8),
+        "large": np.arange(300, dtype=np.int32),
+        "empty": np.zeros((0, 2), np.float32),
+        "two": np.arange(128, dtype=np.int64),
+    }
+    heads, frames = encode_columns(given)
+    assert [memoryview(frame).nbytes for frame in frames] == frame_sizes(heads) == [8 + 1024, 1200]
+    assert np.shares_memory(np.frombuffer(frames[1], np.int32), given["large"])
+    decoded = decode_columns(heads, frames)
+    assert all(np.array_equal(decoded[name], array) for name, array in given.items())
+    assert all(array.flags.aligned for array in decoded.values())
 
 
 def test_own_wrong_dtype_is_our_error() -> None:
