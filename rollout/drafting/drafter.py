@@ -203,7 +203,7 @@ class Drafter:
         running.last[slot], running.bound[slot], running.length[slot] = problem.start
         running.writer[slot] = writer_of(group, joined)
         running.room[slot] = max_tokens
-        running.text_length[slot] = running.num_drafts[slot] = 0
+        running.text_length[slot] = running.num_drafts[slot] = running.barren[slot] = 0
         running.budget[slot] = logarithmic_budget(predicted_tokens, self._typical_tokens, self._config.max_tokens)
         self._counted_up_to[slot] = 0
         self._index.grew(problem, 1)

@@ -121,6 +121,8 @@ class Proposer:
         num_drafts = _fit(np.minimum(num_drafts, room), self._max_drafted)
         self._publish()
         longest = int(num_drafts.max(initial=0))
+        if not longest:
+            return [[] for _ in ids]
         rows = drafts[:, :longest].tolist()
         proposed = [row[:num] if num > 0 else [] for row, num in zip(rows, num_drafts.tolist(), strict=True)]
         return proposed if batch.seated is None else _spread(proposed, batch.seated, len(ids))

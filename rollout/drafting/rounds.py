@@ -25,6 +25,9 @@ BY_LAG = BY_SOURCE + 2 * len(SOURCES)
 NUM_COUNTERS = BY_LAG + 2 * len(LAGS)
 
 LEAST_SURVIVAL = 0.03
+BARREN_ROUNDS, BARREN_EVERY, BARREN_LENGTH = 16, 4, 3
+"""Where nothing was found for so many rounds, only every fourth looks, until the text matches three tokens again: to
+look costs as much as all else of a round, since what is looked up has long left the processor's caches."""
 TRUSTED = 0.8
 """A first token that is so likely to be accepted is drafted from the problem's own automaton without a second look."""
 
@@ -155,6 +158,15 @@ def _has_ended(running, slot):
 
 
 @compiled
+def _looks(running, slot):
+    """Is it worth while to look for a draft?"""
+    barren = running.barren[slot]
+    if barren < BARREN_ROUNDS or barren % BARREN_EVERY == 0:
+        return True
+    return max(running.length[slot], running.common_length[slot]) >= BARREN_LENGTH
+
+
+@compiled
 def draft(arena, running, slots, counts, table, version, max_drafts):
     """Draft for every request that has just got tokens and goes on; `running` then says what.
 
@@ -167,6 +179,9 @@ def draft(arena, running, slots, counts, table, version, max_drafts):
         most = min(max_drafts, running.room[slot] - 1)
         if counts[row] == 0 or most <= 0 or _has_ended(running, slot):
             continue
+        if not _looks(running, slot):
+            running.barren[slot] += 1
+            continue
         state, length = np.int64(running.bound[slot]), np.int64(running.length[slot])
         num, expected = _draft(arena, running, slot, slot, state, length, 0, most, table, version)
         if num == 0 or running.survival[slot, 0] < TRUSTED:
@@ -176,6 +191,7 @@ def draft(arena, running, slots, counts, table, version, max_drafts):
                 num = shared
                 _copy_drafts(running, spare, slot, num)
         running.num_drafts[slot] = num
+        running.barren[slot] = 0 if num > 0 else running.barren[slot] + 1
 
 
 @compiled

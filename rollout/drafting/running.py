@@ -14,6 +14,7 @@ class Running(NamedTuple):
     common, common_length [N]: its match in the automaton that all problems share.
     writer [N]: who writes, see `writer_of`. room [N]: tokens that it may still get. weight [N] float32: what a token
     of it is worth, 1 for an ordinary request. budget [N]: draft tokens that the logarithmic policy allows.
+    barren [N]: rounds since something was last found to draft.
     text [N, T], text_length [N]: its completion so far.
     ends [up to 16]: tokens that end a text, -1 where there are fewer.
     drafts [N + 1, K], num_drafts [N]: what was drafted last. cells [N + 1, K]: each token's cell in the calibration.
@@ -30,6 +31,7 @@ class Running(NamedTuple):
     room: Array
     weight: Array
     budget: Array
+    barren: Array
     text: Array
     text_length: Array
     ends: Array
@@ -56,6 +58,7 @@ def new_running(num_slots: int, max_drafts: int, max_text: int) -> Running:
         room=ints(n),
         weight=np.ones(n, np.float32),
         budget=ints(n),
+        barren=ints(n),
         text=ints(n, max_text),
         text_length=ints(n),
         ends=np.full(MAX_ENDS, -1, np.int32),

@@ -9,6 +9,8 @@ from rollout.config import DraftConfig
 from rollout.drafting.automaton import NUM_STATES
 from rollout.drafting.drafter import Drafter
 from rollout.drafting.index import identity_of
+from rollout.drafting.rounds import _looks
+from rollout.drafting.running import new_running
 
 VOCABULARY = 50
 
@@ -71,6 +73,18 @@ def test_a_text_said_before_is_drafted_whole() -> None:
     assert engine.run([text(0)]) < 20
     counters = engine.drafter.counters()
     assert counters["accepted"] == counters["accepted_epoch"] + counters["accepted_common"] > 40
+
+
+def test_what_has_long_found_nothing_looks_less_often_until_its_text_repeats() -> None:
+    running = new_running(1, 8, 100)
+    looked = []
+    for running.barren[0] in range(24):
+        looked.append(bool(_looks(running, 0)))
+    assert looked == [True] * 17 + [False, False, False, True, False, False, False]
+    running.length[0] = 3
+    assert _looks(running, 0)
+    unheard_of = list(range(4, 44))
+    assert Engine().run([unheard_of * 2]) <= 40 + 3 + 8
 
 
 def test_running_siblings_draft_from_each_other() -> None:
