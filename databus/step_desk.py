@@ -175,6 +175,7 @@ class StepDesk:
             pending=state.ledger.pending_at(message.step),
             counts=state.ledger.counts(),
             scheduling=b"" if state.scheduler is None else state.scheduler.save(),
+            accuracies=state.evaluations.accuracies(),
         )
         state.send(learner.name, position)
 

@@ -13,6 +13,7 @@ from echelon.packages import package_root
 from echelon.progress import Progress
 from echelon.recipe import Recipe, load_recipe
 from echelon.run_folder import RunFolder, RunRecord
+from echelon.shared_memory import shared_memory
 from echelon.supervisor import Supervisor
 from echelon.validate import check_machine
 from echelon.view import make_view
@@ -55,7 +56,8 @@ def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, reco
     view.note(f"run folder {_short(folder.path)}" + (f", from step {first_step}" if args.resume else ""))
     wandb = WandbSink(config, folder, record.run_id)
     try:
-        return Supervisor(config, folder, package_root(), progress, view, wandb).run()
+        with shared_memory(record.run_id, config.learner.memory_copy_every > 0) as memory_dir:
+            return Supervisor(config, folder, package_root(), progress, view, wandb, memory_dir).run()
     except Interrupted as interrupted:
         view.note(f"stopped at step {progress.steps_done} of {progress.steps}; {_how_to_go_on(args, folder)}")
         return interrupted.exit_code

@@ -9,7 +9,7 @@ from learner_script import make_groups
 
 from databus.messages import Position
 from learner import checkpoint_folder
-from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.checkpoint import load_checkpoint, state_tensors, write_checkpoint
 from learner.checkpoint_folder import (
     TrainerState,
     latest_checkpoint,
@@ -42,7 +42,11 @@ def trained(model: Path, steps: int) -> tuple[PolicyModel, Any]:
 @pytest.fixture
 def saved(single_rank: None, tiny_model: Path, tmp_path: Path) -> Iterator[tuple[Path, PolicyModel, Any]]:
     policy, optimizer = trained(tiny_model, 2)
-    yield save_checkpoint(tmp_path, state_of(20), policy.causal_lm, optimizer, keep=2), policy, optimizer
+    yield save(tmp_path, 20, policy, optimizer), policy, optimizer
+
+
+def save(folder: Path, step: int, policy: PolicyModel, optimizer: Any, keep: int = 2) -> Path:
+    return write_checkpoint(folder, state_of(step), state_tensors(policy.causal_lm, optimizer), keep)
 
 
 def test_round_trip_is_exact(saved: tuple[Path, PolicyModel, Any], tiny_model: Path) -> None:
@@ -77,7 +81,7 @@ def test_only_the_newest_are_kept(saved: tuple[Path, PolicyModel, Any]) -> None:
     assert oldest_checkpoint(path.parent) == 20
     assert oldest_checkpoint(path) == 0
     for step in (30, 1_000_000):
-        save_checkpoint(path.parent, state_of(step), policy.causal_lm, optimizer, keep=2)
+        save(path.parent, step, policy, optimizer)
     assert [kept.name for kept in list_checkpoints(path.parent)] == ["step-000030", "step-1000000"]
     assert oldest_checkpoint(path.parent) == 30
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["step-000030", "step-1000000"]
@@ -86,7 +90,7 @@ def test_only_the_newest_are_kept(saved: tuple[Path, PolicyModel, Any]) -> None:
 def test_same_step_again_replaces(saved: tuple[Path, PolicyModel, Any]) -> None:
     path, policy, optimizer = saved
     (path / "stray").touch()
-    save_checkpoint(path.parent, state_of(20), policy.causal_lm, optimizer, keep=2)
+    save(path.parent, 20, policy, optimizer)
     assert not (path / "stray").exists()
     assert [entry.name for entry in path.parent.iterdir()] == ["step-000020"]
 
@@ -103,12 +107,12 @@ def test_kill_while_saving_leaves_the_old_one(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_folder, killed_in, killed)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(path.parent, state_of(30), policy.causal_lm, optimizer, keep=1)
+            save(path.parent, 30, policy, optimizer, keep=1)
     assert (path.parent / "step-000030.tmp").is_dir()
     assert latest_checkpoint(path.parent) == path
     assert load_checkpoint(path, *fresh(tiny_model)).step == 20
 
-    save_checkpoint(path.parent, state_of(30), policy.causal_lm, optimizer, keep=1)
+    save(path.parent, 30, policy, optimizer, keep=1)
     assert [entry.name for entry in path.parent.iterdir()] == ["step-000030"]
 
 
@@ -161,6 +165,6 @@ def test_checkpoint_of_another_model_is_refused(
     config = AutoConfig.from_pretrained(tiny_model)
     config.intermediate_size = 96
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "narrower")
-    with pytest.raises(ValueError, match="is of another model, or damaged") as raised:
+    with pytest.raises(ValueError, match="is of another model") as raised:
         load_checkpoint(saved[0], *fresh(tmp_path / "narrower"))
     assert "\n" not in str(raised.value)

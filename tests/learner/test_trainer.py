@@ -21,6 +21,7 @@ REQUIRED_METRICS = {
     "learner/grad_norm",
     "learner/lr",
     "learner/publish_s",
+    "learner/save_s",
     "learner/num_tokens",
     "loss/policy",
     "loss/entropy",

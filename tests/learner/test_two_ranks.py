@@ -13,7 +13,7 @@ from learner.checkpoint_folder import read_trainer_state
 from learner.model import load_causal_lm
 
 SETTINGS = ("steps=3", "lr=1e-3", "microbatch_tokens=100", "checkpoint_every=2")
-CLOCKS = {"learner/step_s", "learner/wait_s", "learner/publish_s", "learner/tokens_per_s"}
+CLOCKS = {"learner/step_s", "learner/wait_s", "learner/publish_s", "learner/save_s", "learner/tokens_per_s"}
 
 
 @pytest.fixture(scope="module")
