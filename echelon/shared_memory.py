@@ -48,7 +48,9 @@ def remove_abandoned(parent: Path) -> None:
 def _claim_new(run_id: str, parent: Path) -> tuple[Path, int]:
     while True:
         try:
-            folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{run_id}-", dir=parent))  # mode 0700, a name nobody can guess
+            folder = Path(
+                tempfile.mkdtemp(prefix=f"{PREFIX}{run_id}-", dir=parent)
+            )  # mode 0700, a name nobody can guess
         except OSError as error:
             raise ValueError(
                 f"learner.memory_copy_every needs shared memory in {parent}: {error.strerror}; set it to 0"

@@ -44,9 +44,13 @@ class CheckpointSaver:
             return
         self._writing = self._thread.submit(self._write, state, self._copy.take(tensors))
 
+    @property
+    def is_writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
     def check(self) -> None:
         """Raises: RuntimeError, in one line, if a checkpoint has failed meanwhile."""
-        if self._writing is not None and self._writing.done():
+        if not self.is_writing:
             self.wait()
 
     def wait(self) -> None:
