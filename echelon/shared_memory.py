@@ -1,7 +1,7 @@
 """A run's folder in shared memory, for copies of the learner's state: gone with the run, however that ends.
 
-A run that leaves in good order removes its folder. One that was killed altogether cannot; the kernel lets go of its lock,
-and the next run of the same user removes whatever nobody holds.
+A run that ends removes its folder. One that was killed altogether cannot; but the kernel lets go of its lock, and the
+next run of the same user, on the same machine, removes whatever nobody holds.
 """
 
 import fcntl
@@ -47,10 +47,8 @@ def remove_abandoned(parent: Path) -> None:
 
 def _claim_new(run_id: str, parent: Path) -> tuple[Path, int]:
     while True:
-        try:
-            folder = Path(
-                tempfile.mkdtemp(prefix=f"{PREFIX}{run_id}-", dir=parent)
-            )  # mode 0700, a name nobody can guess
+        try:  # mode 0700, and a name that nobody can have taken before
+            folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{run_id}-", dir=parent))
         except OSError as error:
             raise ValueError(
                 f"learner.memory_copy_every needs shared memory in {parent}: {error.strerror}; set it to 0"

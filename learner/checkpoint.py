@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from learner.checkpoint_contents import check_contents
 from learner.checkpoint_folder import (
+    DamagedCheckpoint,
     TrainerState,
     checkpoint_path,
     finish_checkpoint,
@@ -62,7 +63,7 @@ def write_checkpoint(
 def load_checkpoint(checkpoint: Path, causal_lm: nn.Module, optimizer: Optimizer) -> TrainerState:
     """Fill model and optimizer from a checkpoint; called by all ranks.
 
-    Raises: ValueError, in one line, on all ranks, for a missing, damaged or foreign checkpoint; nothing is changed then.
+    Raises: ValueError, in one line, on all ranks, for a missing, damaged or foreign one, before any tensor changes.
     """
     state = read_trainer_state(checkpoint)
     _verify_together(checkpoint, state)
@@ -123,14 +124,14 @@ def _verify_together(checkpoint: Path, state: TrainerState) -> None:
     own: str | None = None
     try:
         verify_files(checkpoint, state, first=dist.get_rank(), every=world_size)
-    except ValueError as error:
-        own = str(error)
+    except DamagedCheckpoint as error:
+        own = error.what
     found: list[str | None] = [own]
     if world_size > 1:
         found = [None] * world_size
         dist.all_gather_object(found, own)
-    for message in filter(None, found):
-        raise ValueError(message)
+    for what in filter(None, found):
+        raise DamagedCheckpoint(checkpoint, what)
 
 
 def _first_line(error: BaseException) -> str:

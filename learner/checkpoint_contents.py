@@ -8,6 +8,8 @@ from typing import Any
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from learner.checkpoint_folder import DamagedCheckpoint
+
 EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 
 Shapes = Mapping[str, tuple[int, ...] | None]
@@ -57,7 +59,7 @@ def _stored_shapes(checkpoint: Path) -> Shapes:
         metadata = FileSystemReader(checkpoint).read_metadata()
         stored = metadata.state_dict_metadata
     except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
-        raise ValueError(f"checkpoint {checkpoint} is damaged: .metadata cannot be read: {error}") from None
+        raise DamagedCheckpoint(checkpoint, f".metadata cannot be read: {error}") from None
     return {name: _shape(getattr(value, "size", None)) for name, value in stored.items()}
 
 

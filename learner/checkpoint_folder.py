@@ -43,6 +43,21 @@ class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     files: tuple[FileRecord, ...] = ()
 
 
+class DamagedCheckpoint(ValueError):
+    """what: the file, and what is wrong with it."""
+
+    def __init__(self, checkpoint: Path, what: str) -> None:
+        super().__init__(f"checkpoint {checkpoint} is damaged: {what}")
+        self.checkpoint = checkpoint
+        self.what = what
+
+    def advised(self) -> str:
+        """One line that says, too, what a user can do about it."""
+        before = [path for path in list_checkpoints(self.checkpoint.parent) if step_of(path) < step_of(self.checkpoint)]
+        where = before[-1].name if before else "the beginning"
+        return f"{self}; remove that folder to go on from {where}"
+
+
 def checkpoint_path(checkpoints_dir: Path, step: int) -> Path:
     return checkpoints_dir / f"step-{step:06d}"
 
@@ -79,32 +94,32 @@ def oldest_checkpoint(checkpoints_dir: Path) -> int:
 
 
 def read_trainer_state(checkpoint: Path) -> TrainerState:
-    """Raises: ValueError, in one line, where there is no complete checkpoint."""
+    """Raises: ValueError, in one line, where there is no complete checkpoint; DamagedCheckpoint."""
     try:
         return msgspec.json.decode((checkpoint / TRAINER_FILE).read_bytes(), type=TrainerState)
     except FileNotFoundError:
         raise ValueError(f"no complete checkpoint at {checkpoint}: it has no {TRAINER_FILE}") from None
     except (OSError, msgspec.MsgspecError) as error:
-        raise ValueError(f"checkpoint {checkpoint} is damaged: {TRAINER_FILE}: {error}") from None
+        raise DamagedCheckpoint(checkpoint, f"{TRAINER_FILE}: {error}") from None
 
 
 def verify_files(checkpoint: Path, state: TrainerState, first: int = 0, every: int = 1) -> None:
     """Args: first, every: which of the files to read; sizes are checked of all.
 
-    Raises: ValueError naming the first file that is missing or not as it was written.
+    Raises: DamagedCheckpoint naming the first file that is missing or not as it was written.
     """
     verify_sizes(checkpoint, state)
     for record in state.files[first::every]:
         if _hash(checkpoint / record.name) != record.xxh3:
-            raise ValueError(f"checkpoint {checkpoint} is damaged: the contents of {record.name} have changed")
+            raise DamagedCheckpoint(checkpoint, f"the contents of {record.name} have changed")
 
 
 def verify_sizes(checkpoint: Path, state: TrainerState) -> None:
-    """Raises: ValueError naming the first file that is missing or has another size."""
+    """Raises: DamagedCheckpoint naming the first file that is missing or has another size."""
     for record in state.files:
         path = checkpoint / record.name
         if not path.is_file() or path.stat().st_size != record.num_bytes:
-            raise ValueError(f"checkpoint {checkpoint} is damaged: {record.name} is missing or has another size")
+            raise DamagedCheckpoint(checkpoint, f"{record.name} is missing or has another size")
 
 
 def start_checkpoint(checkpoints_dir: Path, step: int) -> Path:
@@ -116,8 +131,8 @@ def start_checkpoint(checkpoints_dir: Path, step: int) -> Path:
 
 
 def finish_checkpoint(checkpoints_dir: Path, state: TrainerState, keep: int, keep_best: int = 0) -> Path:
-    """Complete what `start_checkpoint` began: trainer.json, fsync, rename. Of the older ones keep only the newest `keep`
-    and the best `keep_best`, as far as `state.position` knows how good they are."""
+    """Complete what `start_checkpoint` began: trainer.json, fsync, rename. Then delete all but the newest `keep` and, of
+    the others, the best `keep_best`, as far as `state.position` says how good they are."""
     temporary, final = temporary_path(checkpoints_dir, state.step), checkpoint_path(checkpoints_dir, state.step)
     _write_trainer_file(temporary, state)
     _replace(temporary, final)

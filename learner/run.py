@@ -44,9 +44,10 @@ class LearnerRun:
 
     model: folder or hub id. serving_dtype, temperature: of the rollout workers. bus_address: where the broker
     listens; it decides where the weight server listens. weight_keys: of that server; None for plain text. resume_from:
-    a checkpoint folder. memory_dir: where copies of the state go, in shared memory; None for none. batch_timeout_s: how long to wait for one batch. end_timeout_s: how long after the last step
-    the broker may take to end the run. collective_timeout_s: how long a rank waits for the others. advantage_function:
-    the one that `advantage.estimator` names, if it names one.
+    a checkpoint folder. memory_dir: where copies of the state go, in shared memory; None for none. batch_timeout_s: how
+    long to wait for one batch. end_timeout_s: how long after the last step the broker may take to end the run.
+    collective_timeout_s: how long a rank waits for the others. advantage_function: the one that `advantage.estimator`
+    names, if it names one.
     """
 
     model: str

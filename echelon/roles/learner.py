@@ -27,6 +27,7 @@ def learn(folder: RunFolder, memory_dir: Path | None) -> None:
 
     Raises: whatever ends the learner; `role_main` reports it.
     """
+    from learner.checkpoint_folder import DamagedCheckpoint
     from learner.memory_copies import restart_point
     from learner.run import LearnerRun, run_learner
 
@@ -50,7 +51,10 @@ def learn(folder: RunFolder, memory_dir: Path | None) -> None:
         collective_timeout_s=patience_s,
         advantage_function=load_advantage(config, folder.path),
     )
-    run_learner(config.learner, run, lambda version: connect(folder, version))
+    try:
+        run_learner(config.learner, run, lambda version: connect(folder, version))
+    except DamagedCheckpoint as error:
+        raise ValueError(error.advised()) from None
 
 
 class LearnerBus:
