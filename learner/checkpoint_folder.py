@@ -131,8 +131,8 @@ def start_checkpoint(checkpoints_dir: Path, step: int) -> Path:
 
 
 def finish_checkpoint(checkpoints_dir: Path, state: TrainerState, keep: int, keep_best: int = 0) -> Path:
-    """Complete what `start_checkpoint` began: trainer.json, fsync, rename. Then delete all but the newest `keep` and, of
-    the others, the best `keep_best`, as far as `state.position` says how good they are."""
+    """Complete what `start_checkpoint` began: trainer.json, fsync, rename. Delete all but the newest `keep`, and the
+    best `keep_best` others, as far as `state.position` says how good they are."""
     temporary, final = temporary_path(checkpoints_dir, state.step), checkpoint_path(checkpoints_dir, state.step)
     _write_trainer_file(temporary, state)
     _replace(temporary, final)

@@ -105,8 +105,8 @@ class Trainer:
 
     def _save(self, steps_done: int) -> None:
         began = time.perf_counter()
-        # Asked before the next batch is: the journal's new segment begins with the state of this step. Older segments go
-        # by the checkpoints that are complete, and this one is not.
+        # Asked before the next batch is: the journal's new segment begins with the state of this step. Older ones go by
+        # the checkpoints that are complete, and this one is not.
         state = self._state(steps_done, self._position(steps_done))
         self.saver.save(state, state_tensors(self.policy.causal_lm, self.train_step.optimizer))
         self.save_s += time.perf_counter() - began
