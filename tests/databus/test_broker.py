@@ -1,5 +1,6 @@
 """The broker over real sockets, with scripted workers and learner."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,25 @@ def test_position_survives_a_restart(address: str) -> None:
     assert leased[: len(pending)] == pending
     assert sorted(leased + list(cursors)) == list(range(8))  # nothing twice, nothing left out
     assert again.sink.rows[-1]["ledger/trained_groups"] == 8
+
+
+def test_position_says_how_good_versions_are(address: str) -> None:
+    """The learner keeps checkpoints by that; a broker that came back has it from the rows."""
+    evals = [Prompt(f"e{i}", (9, i + 1), b"{}") for i in range(3)]
+    running = RunningBroker(broker_config(address, eval_every=2, steps=3), evals, accuracies={-2: 0.5})
+    worker, learner = ScriptedWorker(address), ScriptedLearner(address)
+    deadline = time.monotonic() + 20.0
+    known: dict[int, float | None] = {}
+    for step in range(3):
+        learner.step(step)
+    while 3 not in known or None in known.values():
+        assert time.monotonic() < deadline
+        learner.client.send(PositionRequest(step=3))
+        known = receive(learner.client, Position).accuracies
+    assert known == {-2: 0.5, 0: 1.0, 2: 1.0, 3: 1.0}
+    learner.finish()
+    worker.join()
+    running.join()
 
 
 def test_batch_request_is_idempotent(address: str) -> None:
