@@ -215,8 +215,8 @@ class Broker:
             case VersionPublished():
                 self._steps.published(message)
             case PositionRequest(step=step, oldest_checkpoint=oldest):
-                self._steps.position(peer, message)
                 self._retention.save(step)
+                self._steps.position(peer, step, self._retention.position(step))
                 self._retention.drop_before(min(oldest, self._steps.rows_written))
             case StatusRequest():
                 self._socket.send(peer.name, self._status())

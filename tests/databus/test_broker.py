@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 from scripted import (
+    NoSocket,
+    Prompts,
     RunningBroker,
     ScriptedLearner,
     ScriptedWorker,
+    Sink,
     broker_config,
     connect,
     make_group,
@@ -15,11 +18,13 @@ from scripted import (
     send_group,
 )
 
+import databus.broker
+from databus.broker import Broker
 from databus.client import BusClient
 from databus.config import BusConfig
 from databus.errors import BusRefused
 from databus.groups import encode_group
-from databus.journal import Journal
+from databus.journal import Journal, read_journal
 from databus.messages import (
     Ack,
     Batch,
@@ -271,6 +276,31 @@ def test_position_says_how_good_versions_are(address: str) -> None:
     learner.finish()
     worker.join()
     running.join()
+
+
+def test_position_of_a_past_step_is_what_it_was(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner that was killed before its checkpoint was complete takes the steps again, and asks again."""
+    config = broker_config(address, steps=9)
+    running = RunningBroker(config, journal=Journal(tmp_path))
+    worker, learner = ScriptedWorker(address, credit=40), ScriptedLearner(address)
+
+    def ask() -> Position:
+        learner.client.send(PositionRequest(step=1))
+        return receive(learner.client, Position)
+
+    learner.step(0)
+    first = ask()
+    learner.step(1)
+    assert ask() == first
+    learner.step(2)
+    assert ask() == first
+    for peer in (worker, learner):
+        peer.client.close("done")
+    running.stop()
+    monkeypatch.setattr(databus.broker, "BrokerSocket", NoSocket)
+    recovered = Broker(config, Prompts(), [], Sink(), past=read_journal(tmp_path))
+    assert recovered._retention.position(1) == first
+    assert recovered._state.step == 3
 
 
 def test_batch_request_is_idempotent(address: str) -> None:

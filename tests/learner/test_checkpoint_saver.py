@@ -120,10 +120,12 @@ def test_failure_is_heard_of_at_the_next_step(training: Training, saver: Checkpo
     saver.check()  # once is enough
 
 
-def test_failure_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 9])
+def test_failure_ends_the_run(steps: int, tiny_model: Path, tmp_path: Path) -> None:
+    """Of the last one, too."""
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(RuntimeError, match="checkpoint of step 1 could not be written"):
-        train(tiny_model, tmp_path / "checkpoints", LearnerConfig(steps=9, checkpoint_every=1))
+        train(tiny_model, tmp_path / "checkpoints", LearnerConfig(steps=steps, checkpoint_every=1))
     assert (tmp_path / "checkpoints").read_text() == "in the way"
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from learner_script import learner_run, train
+from learner_script import ScriptedBus, learner_run, train
 
+from databus.messages import BatchRequest
 from learner import memory_copies
 from learner.checkpoint_folder import (
     TrainerState,
@@ -17,6 +18,7 @@ from learner.checkpoint_folder import (
 )
 from learner.config import LearnerConfig
 from learner.memory_copies import num_bytes, restart_point
+from learner.run import run_learner
 
 EVERY_STEP = LearnerConfig(steps=5, lr=1e-3, checkpoint_every=3, memory_copy_every=1)
 
@@ -96,6 +98,22 @@ def test_copies_are_as_far_apart_as_asked_for(tiny_model: Path, tmp_path: Path) 
         taken.clear()
         train(tiny_model, tmp_path / "more", config, memory_dir=tmp_path, resume_from=tmp_path / "disk/step-000004")
         assert taken == [6]
+
+
+def test_a_copy_is_begun_when_the_broker_knows_of_the_step_before_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so by handing over the next batch; a learner that came back to more than that would wait for ever."""
+    bus = ScriptedBus(EVERY_STEP.steps)
+    handed: list[tuple[int, bool]] = []
+
+    class Copies(memory_copies.MemoryCopies):
+        def save(self, state: TrainerState, tensors: dict) -> None:
+            handed.append((state.step, BatchRequest(step=state.step) in bus.sent))
+
+    monkeypatch.setattr("learner.run.MemoryCopies", Copies)
+    run_learner(EVERY_STEP, learner_run(tiny_model, tmp_path / "disk", memory_dir=tmp_path), lambda version: bus)
+    assert handed == [(1, True), (2, True), (4, True)]
 
 
 def test_no_room_is_said_before_anything_is_lost(
