@@ -97,6 +97,36 @@ def test_one_role_is_killed(undisturbed: Outcome, started, role: str) -> None:
     assert outcome(run) == undisturbed
 
 
+SLOW_DISK = """
+import os, sys, time
+
+fsync = os.fsync
+
+def wait_and_sync(file):
+    while os.path.exists({hold!r}):
+        time.sleep(0.05)
+    fsync(file)
+
+if "echelon.roles.learner" in sys.orig_argv:
+    os.fsync = wait_and_sync
+"""
+
+
+def test_learner_is_killed_while_a_checkpoint_is_written(
+    undisturbed: Outcome, recipe: Path, start_run, tmp_path: Path
+) -> None:
+    """The run is past that checkpoint by then; the learner, having none, takes all steps again, and writes it anew."""
+    hold = tmp_path / "hold"
+    hold.touch()
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK.format(hold=str(hold)))
+    run = start_run(recipe, tmp_path / "run", *SETTINGS, python_path=tmp_path)
+    run.wait_for(lambda: len(run.rows()) >= 6)
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-000004.tmp"]
+    os.kill(run.role("echelon.roles.learner").pid, signal.SIGKILL)
+    hold.unlink()
+    assert outcome(run) == undisturbed
+
+
 def test_learner_goes_on_from_its_copy_in_memory(undisturbed: Outcome, recipe: Path, start_run, tmp_path: Path) -> None:
     """With no checkpoint but the last; the copies are gone when the run is."""
     copies = ("learner.checkpoint_every=0", "learner.memory_copy_every=1")
