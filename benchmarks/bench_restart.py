@@ -3,8 +3,9 @@
     python benchmarks/bench_restart.py --json benchmarks/results/bench_restart.json
 
 A run with the small engine on a tiny model, with a checkpoint every step. The learner's process gets SIGKILL; the clock
-stops when the first step that no checkpoint had yet has its row in metrics.jsonl. The bound leaves out the time that
-loading the model takes by itself, in a fresh process that has imported what the learner imports.
+stops when the first step that had not been taken yet has its row in metrics.jsonl. The bound leaves out the time that
+loading the model takes by itself, in a fresh process that has imported what the learner imports. Beside it: checkpoints
+20 steps apart, the learner killed after 15 more, without and with a copy in shared memory every step.
 """
 
 import argparse
@@ -42,10 +43,12 @@ def recipe():
         group_size=4,
         batch_groups=4,
         rollout=RolloutConfig(engine="small", max_sequences=32, context_tokens=64, max_tokens=12),
-        learner=LearnerConfig(steps=100_000, checkpoint_every=1),
+        learner=LearnerConfig(steps=100_000, checkpoint_every={every}, memory_copy_every={copies}),
         wandb=WandbConfig(mode="disabled"),
     )
 """
+FAR, AFTER = 20, 15
+"""Steps between checkpoints that are far apart, and steps after one when the learner is killed."""
 LOAD = """
 import sys, time
 import learner.run
@@ -56,9 +59,10 @@ print(time.perf_counter() - started)
 """
 
 
-def write_recipe(folder: Path, task: Path) -> Path:
+def write_recipe(folder: Path, task: Path, every: int, copies: int) -> Path:
     recipe = folder / "restart.py"
-    recipe.write_text(RECIPE.format(model=str(task / "model"), train=str(task / "train.jsonl")))
+    model, train = str(task / "model"), str(task / "train.jsonl")
+    recipe.write_text(RECIPE.format(model=model, train=train, every=every, copies=copies))
     return recipe
 
 
@@ -89,10 +93,12 @@ def learner_process(run: subprocess.Popen[bytes]) -> psutil.Process:
     raise RuntimeError("the run has no learner")
 
 
-def restart_s(run: subprocess.Popen[bytes], run_dir: Path) -> float:
+def restart_s(run: subprocess.Popen[bytes], run_dir: Path, every: int) -> float:
     """Kill the learner, and wait for a step that is new."""
-    before = steps(run_dir)
-    wait_for(lambda: steps(run_dir) >= before + 3, run)
+    ready = steps(run_dir) + 3
+    if every > 1:
+        ready += (AFTER - ready) % every
+    wait_for(lambda: steps(run_dir) >= ready, run)
     victim = learner_process(run)
     killed, done = time.perf_counter(), steps(run_dir)
     os.kill(victim.pid, signal.SIGKILL)
@@ -102,15 +108,15 @@ def restart_s(run: subprocess.Popen[bytes], run_dir: Path) -> float:
     return time.perf_counter() - killed
 
 
-def measure(task: Path, repeats: int) -> list[float]:
+def measure(task: Path, repeats: int, every: int = 1, copies: int = 0) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        recipe = write_recipe(Path(folder), task)
+        recipe = write_recipe(Path(folder), task, every, copies)
         command = [sys.executable, "-m", "echelon", "run", str(recipe), "--run-dir", str(run_dir)]
         run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
             wait_for(lambda: steps(run_dir) > 0, run)
-            return [restart_s(run, run_dir) for _ in range(repeats)]
+            return [restart_s(run, run_dir, every) for _ in range(repeats)]
         finally:
             run.send_signal(signal.SIGINT)
             run.wait(PATIENCE_S)
@@ -125,12 +131,20 @@ def main() -> None:
     if not (args.task / "train.jsonl").exists():
         parser.error(f"{args.task} has no train.jsonl: make it with recipes/prepare_chain_sum.py")
     times, loading = measure(args.task, args.repeats), load_s(args.task / "model")
-    print(json.dumps({"restart_s": times, "load_s": loading}))
+    far = measure(args.task, args.repeats, FAR)
+    copies = measure(args.task, args.repeats, FAR, copies=1)
+    print(json.dumps({"restart_s": times, "load_s": loading, "far_s": far, "copies_s": copies}))
     write_result(
         args.json,
         question=(__doc__ or "").splitlines()[0],
-        figures={"restart_s": times, "median_s": statistics.median(times), "model_load_s": loading},
-        peers={},
+        figures={
+            "restart_s": times,
+            "median_s": statistics.median(times),
+            "model_load_s": loading,
+            "checkpoints_far_apart_s": far,
+            "and_copies_in_memory_s": copies,
+        },
+        peers={"copies in memory, times as fast": statistics.median(far) / statistics.median(copies)},
         bars=[Bar("kill to next step, beyond loading the model, longest, s", max(times) - loading, 10, "at most")],
         device=hardware(),
     )

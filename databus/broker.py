@@ -5,7 +5,7 @@ startup ──▶ receive · answer · tick, until all steps are trained ──�
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from databus.chronicle import Chronicle
@@ -82,11 +82,12 @@ class Broker:
         journal: Journal | None = None,
         past: Iterable[JournalEntry] = (),
         first_row: int = 0,
+        accuracies: Mapping[int, float] | None = None,
     ) -> None:
         """Binds the socket, and goes on where an earlier broker of the run has stopped.
 
         Args: keys: None for plain text. journal: None writes nothing down. past: what is in it already. first_row: of
-            the steps whose rows the sink does not have.
+            the steps whose rows the sink does not have. accuracies: of the versions whose evaluations it has.
 
         Raises: ValueError, one line, where it cannot listen on `config.address`.
         """
@@ -98,7 +99,9 @@ class Broker:
         self._config = config
         outbox = Outbox(self._socket)
         self._commit = GroupCommit(journal, outbox)
-        self._state = new_state(config, prompts, evals, filters, outbox, position, Chronicle(), scheduler, placement)
+        self._state = new_state(
+            config, prompts, evals, filters, outbox, position, Chronicle(), scheduler, placement, accuracies
+        )
         self._leases = LeaseDesk(self._state, recorder)
         self._staffing = Staffing(self._state)
         self._steps = StepDesk(self._state, sink, first_row)
@@ -212,8 +215,8 @@ class Broker:
             case VersionPublished():
                 self._steps.published(message)
             case PositionRequest(step=step, oldest_checkpoint=oldest):
-                self._steps.position(peer, message)
                 self._retention.save(step)
+                self._steps.position(peer, step, self._retention.position(step))
                 self._retention.drop_before(min(oldest, self._steps.rows_written))
             case StatusRequest():
                 self._socket.send(peer.name, self._status())

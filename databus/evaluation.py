@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from databus.codec import MalformedMessage
@@ -11,6 +12,7 @@ from databus.groups import Group
 logger = logging.getLogger(__name__)
 
 ID_PREFIX = "eval-"
+ACCURACY = "eval/accuracy"
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Evaluation:
         """What the row of this version's step gets."""
         answered = max(1, self.done - self.failed)
         return {
-            "eval/accuracy": self.solved / max(1, self.done),
+            ACCURACY: self.solved / max(1, self.done),
             "eval/length_mean": self.tokens / answered,
             "eval/failed_problems": float(self.failed),
         }
@@ -95,7 +97,16 @@ def is_evaluation(group_id: str) -> bool:
 class Evaluations:
     """Which versions are to be evaluated, and how far that is. One at a time, oldest first."""
 
-    def __init__(self, num_problems: int, every: int, last_version: int, threshold: float, timeout_s: float) -> None:
+    def __init__(
+        self,
+        num_problems: int,
+        every: int,
+        last_version: int,
+        threshold: float,
+        timeout_s: float,
+        accuracies: Mapping[int, float] | None = None,
+    ) -> None:
+        """Args: accuracies: of versions that a broker before this one has evaluated."""
         self._num_problems = num_problems if every > 0 else 0
         self._every = every
         self._last_version = last_version
@@ -105,6 +116,7 @@ class Evaluations:
         self._first: int | None = None
         self._last_published = -1
         self._results: dict[int, dict[str, float]] = {}
+        self._accuracies = dict(accuracies or {})
         self.abandoned = 0
 
     @property
@@ -143,7 +155,8 @@ class Evaluations:
         if current is None or not (current.finished() or current.overdue(now)):
             return None
         if current.finished():
-            self._results[current.version] = current.metrics()
+            self._results[current.version] = metrics = current.metrics()
+            self._accuracies[current.version] = metrics[ACCURACY]
         else:
             self.abandoned += 1
             logger.warning(
@@ -154,6 +167,10 @@ class Evaluations:
         if self._queue:
             self._queue[0].queued = now
         return current
+
+    def accuracies(self) -> dict[int, float | None]:
+        """Of all versions so far; None where the evaluation is not over."""
+        return self._accuracies | {item.version: None for item in self._queue}
 
     def take_result(self, version: int) -> dict[str, float]:
         return self._results.pop(version, {})

@@ -302,7 +302,8 @@ class Position(Struct, frozen=True, kw_only=True, tag=True):
     `next_cursor` is the first cursor never leased; `pending` are earlier cursors with no trained
     group yet, as (cursor, next attempt), so that a resumed run skips and repeats nothing. `counts` are the
     ledger's totals at that step, so that a resumed run's metrics go on from them. `scheduling` is what the
-    broker's scheduler needs to go on; empty where there is none.
+    broker's scheduler needs to go on; empty where there is none. `accuracies` are those of the versions that were
+    evaluated, None where the evaluation is not over, so that the learner can tell which checkpoints are the best.
     """
 
     step: int
@@ -310,6 +311,7 @@ class Position(Struct, frozen=True, kw_only=True, tag=True):
     pending: tuple[tuple[int, int], ...]
     counts: dict[str, int]
     scheduling: bytes = b""
+    accuracies: dict[int, float | None] = {}
 
 
 # ---------------------------------------------------------------- broker -> observer

@@ -67,7 +67,7 @@ class Recovery:
         self._is_loading, self._copies = self._is_first, {}
         if self._is_loading:
             load_state(self._state, record)
-        self._retention.found(record.step, segment)
+        self._retention.found(record, segment)
 
     def _copied(self, record: GroupCompleted, item: JournalEntry) -> None:
         queue = self._state.queue

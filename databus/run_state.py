@@ -3,7 +3,7 @@
 import time
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -107,8 +107,12 @@ def new_state(
     chronicle: Chronicle,
     scheduler: Scheduler | None = None,
     placement: Placement | None = None,
+    accuracies: Mapping[int, float] | None = None,
 ) -> RunState:
-    """The state at the run's start, or at the checkpoint that `position` comes from."""
+    """The state at the run's start, or at the checkpoint that `position` comes from.
+
+    Args: accuracies: of versions that were evaluated before.
+    """
     gate = StalenessGate(config.max_staleness, config.batch_groups, config.stale_policy)
     ledger = (
         Ledger(config.run_id, on_transition=chronicle.moved)
@@ -126,7 +130,7 @@ def new_state(
         leases=Leases(config.bus.lease_s),
         queue=BatchQueue(gate),
         evaluations=Evaluations(
-            len(evals), config.eval_every, config.steps, config.eval_threshold, config.eval_timeout_s
+            len(evals), config.eval_every, config.steps, config.eval_threshold, config.eval_timeout_s, accuracies
         ),
         chronicle=chronicle,
         peers=Peers(config.bus.peer_timeout_s, config.bus.heartbeat_s),

@@ -5,11 +5,13 @@ import time
 from array import array
 from collections.abc import Mapping
 
+from msgspec.structs import replace
+
 from databus.batches import CutBatch, Waiting
 from databus.evaluation import Evaluation
 from databus.groups import decode_group
 from databus.ledger import Entry
-from databus.messages import BatchRequest, Cancel, Hello, Position, PositionRequest, Refused, StepDone, VersionPublished
+from databus.messages import BatchRequest, Cancel, Hello, Position, Refused, StepDone, VersionPublished
 from databus.peers import Peer
 from databus.prompts import MetricsSink, SampledGroup
 from databus.records import GroupCompleted
@@ -167,16 +169,17 @@ class StepDesk:
         state.touch()
         self._add_last_row()
 
-    def position(self, learner: Peer, message: PositionRequest) -> None:
+    def position(self, learner: Peer, step: int, saved: Position | None) -> None:
+        """Args: saved: as the journal has it; None where it has not."""
         state = self._state
-        position = Position(
-            step=message.step,
+        position = saved or Position(
+            step=step,
             next_cursor=state.ledger.next_cursor,
-            pending=state.ledger.pending_at(message.step),
+            pending=state.ledger.pending_at(step),
             counts=state.ledger.counts(),
             scheduling=b"" if state.scheduler is None else state.scheduler.save(),
         )
-        state.send(learner.name, position)
+        state.send(learner.name, replace(position, accuracies=state.evaluations.accuracies()))
 
     def tick(self, now: float) -> None:
         """Close evaluations, write the rows that nothing holds back any more."""

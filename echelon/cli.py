@@ -103,7 +103,9 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     export = commands.add_parser("export", help="write a checkpoint as a folder that transformers and vLLM load")
     export.add_argument("run_dir", metavar="RUN_DIR")
     export.add_argument("out", metavar="OUT", help="a folder that is empty or does not exist")
-    export.add_argument("--step", type=int, help="the checkpoint of this step (default: the last one)")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="the checkpoint of this step (default: the last one)")
+    which.add_argument("--best", action="store_true", help="the checkpoint that did best in evaluation")
 
 
 def _add_audit(commands: "argparse._SubParsersAction[Parser]") -> None:

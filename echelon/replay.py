@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echelon.recorded_run import RecordedRun
-from learner.checkpoint_folder import list_checkpoints, read_trainer_state
+from learner.checkpoint_folder import kept_checkpoints, read_trainer_state
 
 SHOWN = ("loss/policy", "learner/grad_norm")
 
@@ -48,7 +48,7 @@ def plan_replay(recorded: RecordedRun, checkpoints_dir: Path, first: int | None,
 def _starts(checkpoints_dir: Path, available: range) -> dict[int, Path | None]:
     """Where a replay can begin: the step, and the checkpoint before it."""
     starts: dict[int, Path | None] = {0: None}
-    starts |= {read_trainer_state(path).step: path for path in list_checkpoints(checkpoints_dir)}
+    starts |= {read_trainer_state(path).step: path for path in kept_checkpoints(checkpoints_dir)}
     return {step: path for step, path in starts.items() if step in available}
 
 

@@ -16,11 +16,12 @@ MODULES = {name: f"echelon.roles.{name}" for name in (PREPARE, BROKER, LEARNER, 
 class Roster:
     """Starts roles and stops them all."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig, root: Path) -> None:
-        """Args: root: the checkout that the packages come from."""
+    def __init__(self, folder: RunFolder, config: RunConfig, root: Path, memory_dir: Path | None = None) -> None:
+        """Args: root: the checkout that the packages come from. memory_dir: for copies of the learner's state."""
         self._folder = folder
         self._config = config
         self._root = root
+        self._memory_dir = memory_dir
         self._gpus = visible_gpus()
         self.children: dict[str, Child] = {}
 
@@ -56,6 +57,8 @@ class Roster:
 
     def start_learner(self) -> Child:
         arguments = [MODULES[LEARNER], self._run_dir]
+        if self._memory_dir is not None:
+            arguments += ["--memory-copies", str(self._memory_dir)]
         log = self._folder.log_file(LEARNER)
         self.children[LEARNER] = start_ranks(LEARNER, arguments, self._config, self._root, self._gpus, log)
         return self.children[LEARNER]

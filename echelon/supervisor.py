@@ -36,14 +36,21 @@ class Supervisor:
     """Runs the roles of one run folder; everything happens in the thread that calls `run`."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, root: Path, progress: Progress, view: View, wandb: WandbSink
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        root: Path,
+        progress: Progress,
+        view: View,
+        wandb: WandbSink,
+        memory_dir: Path | None = None,
     ) -> None:
         self._config = config
         self._folder = folder
         self._progress = progress
         self._view = view
         self._wandb = wandb
-        self._roster = Roster(folder, config, root)
+        self._roster = Roster(folder, config, root, memory_dir)
         self._interrupts = Interrupts(at_once=self._roster.kill)
         self._observer: Observer | None = None
         self._follower = RowFollower(folder.metrics_file)

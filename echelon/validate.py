@@ -1,5 +1,6 @@
 """Checks across settings, and of this machine: all that can be known before anything heavy is imported."""
 
+import math
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ def validate(config: RunConfig) -> None:
         _check_groups,
         _check_evaluation,
         _check_learner,
+        _check_keep_best,
         _check_bus,
         _check_scheduling,
     )
@@ -82,6 +84,17 @@ def _check_evaluation(config: RunConfig) -> None:
 
 def _check_learner(config: RunConfig) -> None:
     check_learner(config.learner, config.batch_groups)
+
+
+def _check_keep_best(config: RunConfig) -> None:
+    """Where no checkpoint is of a version that is evaluated, none is the best."""
+    saved, evaluated = config.learner.checkpoint_every, config.eval.every
+    both = math.lcm(saved, evaluated)  # 0 where one of them is
+    if config.learner.keep_best > 0 and not 0 < both < config.learner.steps:
+        raise ValueError(
+            f"learner.keep_best is {config.learner.keep_best}, but with learner.checkpoint_every={saved} and "
+            f"eval.every={evaluated} no checkpoint before the last is evaluated: set the one to a multiple of the other"
+        )
 
 
 def _check_bus(config: RunConfig) -> None:

@@ -5,6 +5,7 @@ configuration and the step.
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from learner.checkpoint_contents import check_contents
 from learner.checkpoint_folder import (
+    DamagedCheckpoint,
     TrainerState,
     checkpoint_path,
     finish_checkpoint,
@@ -31,35 +34,40 @@ from learner.checkpoint_folder import (
 )
 
 
-def save_checkpoint(
-    checkpoints_dir: Path, state: TrainerState, causal_lm: nn.Module, optimizer: Optimizer, keep: int
+def write_checkpoint(
+    checkpoints_dir: Path,
+    state: TrainerState,
+    tensors: dict[str, Any],
+    keep: int,
+    *,
+    keep_best: int = 0,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write the checkpoint of `state.step` and delete all but the newest `keep`; called by all ranks.
+    """Write the checkpoint of `state.step`, durably, then delete older ones; called by all ranks, with their shards.
 
-    Returns: its folder. Raises: RuntimeError, in one line, where the disk refuses.
+    Args: tensors: as `state_tensors` makes them. keep, keep_best: newest ones and best ones that stay. group: of all
+        ranks, on CPU; None for the one that training uses.
+    Returns: its folder. Raises: RuntimeError, in one line, on all ranks, where the disk refuses.
     """
-    first_rank = dist.get_rank() == 0
     try:
-        if first_rank:
-            start_checkpoint(checkpoints_dir, state.step)
-        dist.barrier()
-        save(_tensors(causal_lm, optimizer), checkpoint_id=temporary_path(checkpoints_dir, state.step))
-        if first_rank:
-            finish_checkpoint(checkpoints_dir, state, keep)
-        dist.barrier()
+        _on_first_rank(lambda: start_checkpoint(checkpoints_dir, state.step), group)
+        save(tensors, checkpoint_id=temporary_path(checkpoints_dir, state.step), process_group=group)
+        _on_first_rank(lambda: finish_checkpoint(checkpoints_dir, state, keep, keep_best), group)
     except (CheckpointException, OSError) as error:
-        raise RuntimeError(f"checkpoint of step {state.step} could not be written: {_first_line(error)}") from None
+        raise RuntimeError(
+            f"checkpoint of step {state.step} could not be written to {checkpoints_dir}: {_first_line(error)}"
+        ) from None
     return checkpoint_path(checkpoints_dir, state.step)
 
 
 def load_checkpoint(checkpoint: Path, causal_lm: nn.Module, optimizer: Optimizer) -> TrainerState:
     """Fill model and optimizer from a checkpoint; called by all ranks.
 
-    Raises: ValueError, in one line, for a missing, damaged or foreign checkpoint.
+    Raises: ValueError, in one line, on all ranks, for a missing, damaged or foreign one, before any tensor changes.
     """
     state = read_trainer_state(checkpoint)
-    verify_files(checkpoint, state)
-    tensors = _tensors(causal_lm, optimizer)
+    _verify_together(checkpoint, state)
+    tensors = state_tensors(causal_lm, optimizer)
     load_tensors(checkpoint, tensors)  # in place: the model's own tensors
     moments = get_optimizer_state_dict(causal_lm, optimizer)
     moments["state"] = tensors["optimizer"]
@@ -68,18 +76,25 @@ def load_checkpoint(checkpoint: Path, causal_lm: nn.Module, optimizer: Optimizer
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any], no_dist: bool = False) -> None:
-    """Fill nested dictionaries of tensors in place.
+    """Fill nested dictionaries of tensors in place; they are all that the checkpoint has under their first names.
 
     Args: no_dist: one process reads everything, without a process group.
     Raises: ValueError, in one line.
     """
+    check_contents(checkpoint, tensors)
     try:
         with warnings.catch_warnings():
             # DCP warns that there is one process only, which is what was asked for.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise ValueError(f"checkpoint {checkpoint} is of another model, or damaged: {_first_line(error)}") from None
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from None
+
+
+def state_tensors(causal_lm: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds: the live tensors, under `model` and `optimizer`."""
+    moments = get_optimizer_state_dict(causal_lm, optimizer)["state"]
+    return {"model": model_tensors(causal_lm), "optimizer": moments}
 
 
 def model_tensors(causal_lm: nn.Module) -> dict[str, Any]:
@@ -89,9 +104,34 @@ def model_tensors(causal_lm: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in get_model_state_dict(causal_lm).items() if name in named}
 
 
-def _tensors(causal_lm: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    moments = get_optimizer_state_dict(causal_lm, optimizer)["state"]
-    return {"model": model_tensors(causal_lm), "optimizer": moments}
+def _on_first_rank(action: Callable[[], object], group: dist.ProcessGroup | None) -> None:
+    """Others wait for it, and fail with it. Raises: OSError on all ranks."""
+    failed: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failed = [str(error)]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(failed, src=0, group=group)
+    if failed[0] is not None:
+        raise OSError(failed[0])
+
+
+def _verify_together(checkpoint: Path, state: TrainerState) -> None:
+    """Each rank reads its share of the files. Raises: ValueError on all ranks."""
+    world_size = dist.get_world_size()
+    own: str | None = None
+    try:
+        verify_files(checkpoint, state, first=dist.get_rank(), every=world_size)
+    except DamagedCheckpoint as error:
+        own = error.what
+    found: list[str | None] = [own]
+    if world_size > 1:
+        found = [None] * world_size
+        dist.all_gather_object(found, own)
+    for what in filter(None, found):
+        raise DamagedCheckpoint(checkpoint, what)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Folders of checkpoints: a folder a step, complete or absent.
 
-    checkpoints/step-000020/   a distributed checkpoint (DCP) and trainer.json, which lists and hashes its files
+    checkpoints/step-000020/        a distributed checkpoint (DCP) and trainer.json, which lists and hashes its files
+    checkpoints/best/step-000010/   one that is kept for its accuracy, though newer ones have taken its place
 
 A checkpoint is written as step-000020.tmp and renamed when everything is on the disk.
 """
@@ -8,6 +9,7 @@ A checkpoint is written as step-000020.tmp and renamed when everything is on the
 import os
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -18,6 +20,7 @@ from databus.messages import Position
 
 TRAINER_FILE = "trainer.json"
 TEMPORARY = ".tmp"
+BEST = "best"
 HASH_BLOCK_BYTES = 1 << 22
 
 _name = re.compile(r"step-(\d{6,})")
@@ -40,6 +43,21 @@ class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     files: tuple[FileRecord, ...] = ()
 
 
+class DamagedCheckpoint(ValueError):
+    """what: the file, and what is wrong with it."""
+
+    def __init__(self, checkpoint: Path, what: str) -> None:
+        super().__init__(f"checkpoint {checkpoint} is damaged: {what}")
+        self.checkpoint = checkpoint
+        self.what = what
+
+    def advised(self) -> str:
+        """One line that says, too, what a user can do about it."""
+        before = [path for path in list_checkpoints(self.checkpoint.parent) if step_of(path) < step_of(self.checkpoint)]
+        where = before[-1].name if before else "the beginning"
+        return f"{self}; remove that folder to go on from {where}"
+
+
 def checkpoint_path(checkpoints_dir: Path, step: int) -> Path:
     return checkpoints_dir / f"step-{step:06d}"
 
@@ -56,33 +74,52 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps) if (steps[step] / TRAINER_FILE).is_file()]
 
 
+def kept_checkpoints(checkpoints_dir: Path) -> list[Path]:
+    """The best and the newest, oldest first. Only the newest are there to go on from."""
+    return [*list_checkpoints(checkpoints_dir / BEST), *list_checkpoints(checkpoints_dir)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """By its name."""
+    return int(checkpoint.name.partition("-")[2])
+
+
 def latest_checkpoint(checkpoints_dir: Path) -> Path | None:
     return next(reversed(list_checkpoints(checkpoints_dir)), None)
 
 
 def oldest_checkpoint(checkpoints_dir: Path) -> int:
     """Steps taken at the oldest checkpoint; 0 where there is none: then one can only go on from the beginning."""
-    return next((int(path.name.partition("-")[2]) for path in list_checkpoints(checkpoints_dir)), 0)
+    return next((step_of(path) for path in list_checkpoints(checkpoints_dir)), 0)
 
 
 def read_trainer_state(checkpoint: Path) -> TrainerState:
-    """Raises: ValueError, in one line, where there is no complete checkpoint."""
+    """Raises: ValueError, in one line, where there is no complete checkpoint; DamagedCheckpoint."""
     try:
         return msgspec.json.decode((checkpoint / TRAINER_FILE).read_bytes(), type=TrainerState)
     except FileNotFoundError:
         raise ValueError(f"no complete checkpoint at {checkpoint}: it has no {TRAINER_FILE}") from None
     except (OSError, msgspec.MsgspecError) as error:
-        raise ValueError(f"checkpoint {checkpoint} is damaged: {TRAINER_FILE}: {error}") from None
+        raise DamagedCheckpoint(checkpoint, f"{TRAINER_FILE}: {error}") from None
 
 
-def verify_files(checkpoint: Path, state: TrainerState) -> None:
-    """Raises: ValueError naming the first file that is missing or not as it was written."""
+def verify_files(checkpoint: Path, state: TrainerState, first: int = 0, every: int = 1) -> None:
+    """Args: first, every: which of the files to read; sizes are checked of all.
+
+    Raises: DamagedCheckpoint naming the first file that is missing or not as it was written.
+    """
+    verify_sizes(checkpoint, state)
+    for record in state.files[first::every]:
+        if _hash(checkpoint / record.name) != record.xxh3:
+            raise DamagedCheckpoint(checkpoint, f"the contents of {record.name} have changed")
+
+
+def verify_sizes(checkpoint: Path, state: TrainerState) -> None:
+    """Raises: DamagedCheckpoint naming the first file that is missing or has another size."""
     for record in state.files:
         path = checkpoint / record.name
         if not path.is_file() or path.stat().st_size != record.num_bytes:
-            raise ValueError(f"checkpoint {checkpoint} is damaged: {record.name} is missing or has another size")
-        if _hash(path) != record.xxh3:
-            raise ValueError(f"checkpoint {checkpoint} is damaged: the contents of {record.name} have changed")
+            raise DamagedCheckpoint(checkpoint, f"{record.name} is missing or has another size")
 
 
 def start_checkpoint(checkpoints_dir: Path, step: int) -> Path:
@@ -93,12 +130,16 @@ def start_checkpoint(checkpoints_dir: Path, step: int) -> Path:
     return temporary
 
 
-def finish_checkpoint(checkpoints_dir: Path, state: TrainerState, keep: int) -> Path:
-    """Complete what `start_checkpoint` began: trainer.json, fsync, rename; keep only the newest `keep`."""
+def finish_checkpoint(checkpoints_dir: Path, state: TrainerState, keep: int, keep_best: int = 0) -> Path:
+    """Complete what `start_checkpoint` began: trainer.json, fsync, rename. Delete all but the newest `keep`, and the
+    best `keep_best` others, as far as `state.position` says how good they are."""
     temporary, final = temporary_path(checkpoints_dir, state.step), checkpoint_path(checkpoints_dir, state.step)
     _write_trainer_file(temporary, state)
     _replace(temporary, final)
-    _prune(checkpoints_dir, keep)
+    accuracies = state.position.accuracies if keep_best and state.position is not None else {}
+    _retire(list_checkpoints(checkpoints_dir)[:-keep], checkpoints_dir / BEST, accuracies)
+    if keep_best:
+        _keep_best(checkpoints_dir / BEST, accuracies, keep_best)
     return final
 
 
@@ -123,16 +164,37 @@ def _replace(temporary: Path, final: Path) -> None:
     _clear_unfinished(final.parent)
 
 
-def _prune(checkpoints_dir: Path, keep: int) -> None:
-    for old in list_checkpoints(checkpoints_dir)[:-keep]:
-        # Renamed first: a kill during the deletion must not leave half a checkpoint under a good name.
-        doomed = old.with_name(old.name + TEMPORARY)
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+def _retire(old: Iterable[Path], best_dir: Path, accuracies: Mapping[int, float | None]) -> None:
+    """Those whose version was evaluated, or is being evaluated, have a chance to be the best; the others go."""
+    for checkpoint in old:
+        if step_of(checkpoint) not in accuracies:
+            _delete(checkpoint)
+            continue
+        best_dir.mkdir(exist_ok=True)
+        _replace(checkpoint, best_dir / checkpoint.name)
+
+
+def _keep_best(best_dir: Path, accuracies: Mapping[int, float | None], keep: int) -> None:
+    """Of equals the newer one stays, and so does what is still being evaluated."""
+    known: list[tuple[float, Path]] = []
+    for checkpoint in list_checkpoints(best_dir):
+        accuracy = accuracies.get(step_of(checkpoint), -1.0)
+        if accuracy is not None:
+            known.append((accuracy, checkpoint))
+    known.sort(key=lambda each: (each[0], step_of(each[1])))
+    for _, checkpoint in known[: max(0, len(known) - keep)]:
+        _delete(checkpoint)
+
+
+def _delete(checkpoint: Path) -> None:
+    # Renamed first: a kill during the deletion must not leave half a checkpoint under a good name.
+    doomed = checkpoint.with_name(checkpoint.name + TEMPORARY)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _clear_unfinished(checkpoints_dir: Path) -> None:
-    for path in checkpoints_dir.glob(f"step-*{TEMPORARY}"):
+    for path in (*checkpoints_dir.glob(f"step-*{TEMPORARY}"), *checkpoints_dir.glob(f"{BEST}/step-*{TEMPORARY}")):
         shutil.rmtree(path)
 
 

@@ -73,6 +73,10 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     microbatch_tokens: packed tokens of one forward pass; a longer single sequence gets a pass of its own.
     logprob_chunk_tokens: positions whose logits exist at one time.
     checkpoint_every: steps between checkpoints; 0: only the last. keep_checkpoints: newest ones kept.
+    keep_best: older ones kept beside them, by their accuracy in evaluations.
+    async_checkpoints: training waits for a copy in host memory only, which is written while it goes on.
+    memory_copy_every: steps between copies of the state in shared memory, from which a learner that was killed goes on;
+        0: none. It takes up to three times the state's size of the machine's memory.
     """
 
     steps: PositiveInt = 100
@@ -93,3 +97,6 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     loss: LossConfig = LossConfig()
     checkpoint_every: NonNegativeInt = 0
     keep_checkpoints: PositiveInt = 2
+    keep_best: NonNegativeInt = 0
+    async_checkpoints: bool = True
+    memory_copy_every: NonNegativeInt = 0

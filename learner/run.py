@@ -18,7 +18,9 @@ from learner.batch import BatchFeed
 from learner.bus import BrokerLink, Bus, RunStoppedError
 from learner.checkpoint import load_checkpoint
 from learner.checkpoint_folder import read_trainer_state
+from learner.checkpoint_saver import CheckpointSaver
 from learner.config import LearnerConfig
+from learner.memory_copies import MemoryCopies
 from learner.model import ModelOptions, PolicyModel, build_model
 from learner.optimizer import build_optimizer, resume_schedule
 from learner.reference import build_reference
@@ -42,9 +44,10 @@ class LearnerRun:
 
     model: folder or hub id. serving_dtype, temperature: of the rollout workers. bus_address: where the broker
     listens; it decides where the weight server listens. weight_keys: of that server; None for plain text. resume_from:
-    a checkpoint folder. batch_timeout_s: how long to wait for one batch. end_timeout_s: how long after the last step
-    the broker may take to end the run. collective_timeout_s: how long a rank waits for the others. advantage_function:
-    the one that `advantage.estimator` names, if it names one.
+    a checkpoint folder. memory_dir: where copies of the state go, in shared memory; None for none. batch_timeout_s: how
+    long to wait for one batch. end_timeout_s: how long after the last step the broker may take to end the run.
+    collective_timeout_s: how long a rank waits for the others. advantage_function: the one that `advantage.estimator`
+    names, if it names one.
     """
 
     model: str
@@ -56,6 +59,7 @@ class LearnerRun:
     bus_address: str
     weight_keys: ServerKeys | None = None
     resume_from: Path | None = None
+    memory_dir: Path | None = None
     batch_timeout_s: float = 3600.0
     end_timeout_s: float = 3600.0
     collective_timeout_s: float = 600.0
@@ -77,7 +81,7 @@ def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[i
             first_rank = None
             if dist.get_rank() == 0:
                 first_rank = _connect(run, bus_factory, start_step, stack)
-            trainer = _build(config, run, start_step, first_rank)
+            trainer = _build(config, run, start_step, first_rank, stack)
             trainer.run()
             trainer.serve_until_stopped(run.end_timeout_s)
     except RunStoppedError as stop:
@@ -132,7 +136,9 @@ def _connect(
     return FirstRank(broker=BrokerLink(bus), weights=weights)
 
 
-def _build(config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: FirstRank | None) -> Trainer:
+def _build(
+    config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: FirstRank | None, stack: ExitStack
+) -> Trainer:
     policy, train_step = build_train_step(config, run, start_step)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     broker = None if first_rank is None else first_rank.broker
@@ -146,8 +152,30 @@ def _build(config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: 
         train_step=train_step,
         feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
         snapshotter=Snapshotter(policy.causal_lm, run.serving_dtype, rank),
+        saver=_saver(config, run, stack),
+        copies=_copies(config, run, start_step, stack),
         first_rank=first_rank,
     )
+
+
+def _saver(config: LearnerConfig, run: LearnerRun, stack: ExitStack) -> CheckpointSaver:
+    saver = CheckpointSaver(
+        run.checkpoints_dir,
+        config.keep_checkpoints,
+        config.keep_best,
+        background=config.async_checkpoints,
+        timeout_s=run.collective_timeout_s,
+    )
+    stack.callback(saver.close)
+    return saver
+
+
+def _copies(config: LearnerConfig, run: LearnerRun, start_step: int, stack: ExitStack) -> MemoryCopies | None:
+    if run.memory_dir is None:
+        return None
+    saver = CheckpointSaver(run.memory_dir, keep=1, background=True, timeout_s=run.collective_timeout_s)
+    stack.callback(saver.close)
+    return MemoryCopies(run.memory_dir, saver, config.memory_copy_every, start_step)
 
 
 def build_train_step(config: LearnerConfig, run: LearnerRun, start_step: int) -> tuple[PolicyModel, TrainStep]:

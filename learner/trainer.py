@@ -8,9 +8,11 @@ from pathlib import Path
 from databus.messages import Position, PositionRequest, StepDone, VersionPublished
 from learner.batch import BatchFeed
 from learner.bus import BrokerLink
-from learner.checkpoint import save_checkpoint
+from learner.checkpoint import state_tensors
 from learner.checkpoint_folder import TrainerState, oldest_checkpoint
+from learner.checkpoint_saver import CheckpointSaver
 from learner.config import LearnerConfig
+from learner.memory_copies import MemoryCopies
 from learner.model import PolicyModel
 from learner.snapshot import Snapshotter
 from learner.train_step import TrainStep
@@ -29,11 +31,12 @@ class FirstRank:
     weights: WeightServer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Trainer:
     """Startup is `run_learner`'s; this is the main loop, the same code on every rank.
 
-    start_step: steps taken before this run began. model: id of the model, for the checkpoint.
+    start_step: steps taken before this run began. model: id of the model, for the checkpoint. save_s: how long training
+    has stood still for checkpoints since the last report.
     """
 
     config: LearnerConfig
@@ -45,7 +48,10 @@ class Trainer:
     train_step: TrainStep
     feed: BatchFeed
     snapshotter: Snapshotter
+    saver: CheckpointSaver
+    copies: MemoryCopies | None
     first_rank: FirstRank | None
+    save_s: float = 0.0
 
     def run(self) -> None:
         """Raises: RunStoppedError; RuntimeError."""
@@ -54,6 +60,7 @@ class Trainer:
             self._run_step(step)
             if self._checkpoint_due(step + 1):
                 self._save(step + 1)
+        self.saver.wait()
 
     def serve_until_stopped(self, timeout_s: float) -> None:
         """The last version is still to be evaluated: serve it until the broker ends the run."""
@@ -63,15 +70,21 @@ class Trainer:
     def _run_step(self, step: int) -> None:
         asked = time.perf_counter()
         groups = self.feed.groups(step)
+        waited_s = time.perf_counter() - asked
+        # Not before the batch is here: by then the broker has written down the step before. A learner that came back
+        # after a step of which the broker knows nothing would wait for ever.
+        self._copy(step)
+        self.saver.check()
         got = time.perf_counter()
         metrics = self.train_step(groups, step)
         trained = time.perf_counter()
         # Weights before metrics: workers wait for the former, nobody for the latter.
         self._publish(step + 1)
-        metrics["learner/wait_s"] = got - asked
+        metrics["learner/wait_s"] = waited_s
         metrics["learner/step_s"] = trained - got
         metrics["learner/tokens_per_s"] = metrics["learner/num_tokens"] / (trained - got)
         metrics["learner/publish_s"] = time.perf_counter() - trained
+        metrics["learner/save_s"], self.save_s = self.save_s, 0.0
         if self.first_rank is not None:
             self.first_rank.broker.send(StepDone(step=step, metrics=metrics))
             logger.info("step %d: %.0f tokens in %.2f s", step, metrics["learner/num_tokens"], trained - got)
@@ -91,14 +104,23 @@ class Trainer:
         return steps_done == self.config.steps or (every > 0 and steps_done % every == 0)
 
     def _save(self, steps_done: int) -> None:
-        state = TrainerState(
-            step=steps_done, model=self.model, world_size=self.world_size, position=self._position(steps_done)
-        )
-        optimizer = self.train_step.optimizer
-        path = save_checkpoint(
-            self.checkpoints_dir, state, self.policy.causal_lm, optimizer, self.config.keep_checkpoints
-        )
-        logger.info("checkpoint %s", path)
+        began = time.perf_counter()
+        # Asked before the next batch is: the journal's new segment begins with the state of this step. Older ones go by
+        # the checkpoints that are complete, and this one is not.
+        state = self._state(steps_done, self._position(steps_done))
+        self.saver.save(state, state_tensors(self.policy.causal_lm, self.train_step.optimizer))
+        self.save_s += time.perf_counter() - began
+
+    def _copy(self, steps_done: int) -> None:
+        if self.copies is None or not self.copies.due(steps_done) or self._checkpoint_due(steps_done):
+            return
+        began = time.perf_counter()
+        tensors = state_tensors(self.policy.causal_lm, self.train_step.optimizer)
+        self.copies.save(self._state(steps_done, None), tensors)
+        self.save_s += time.perf_counter() - began
+
+    def _state(self, steps_done: int, position: Position | None) -> TrainerState:
+        return TrainerState(step=steps_done, model=self.model, world_size=self.world_size, position=position)
 
     def _position(self, steps_done: int) -> Position | None:
         """Where the data stands; only rank 0 needs it, which writes it down."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from databus.messages import Position
 from databus.records import StateSaved
 from echelon.audit.violation import Findings
-from learner.checkpoint_folder import checkpoint_path, list_checkpoints, read_trainer_state, verify_files
+from learner.checkpoint_folder import checkpoint_path, kept_checkpoints, read_trainer_state, verify_files
 
 
 def check_checkpoints(
@@ -16,7 +16,7 @@ def check_checkpoints(
 
     Returns: how many checkpoints there are.
     """
-    checkpoints = list_checkpoints(checkpoints_dir)
+    checkpoints = kept_checkpoints(checkpoints_dir)
     for checkpoint in checkpoints:
         try:
             state = read_trainer_state(checkpoint)
@@ -24,7 +24,7 @@ def check_checkpoints(
         except ValueError as error:
             findings.add("checkpoint", str(error))
             continue
-        if checkpoint != checkpoint_path(checkpoints_dir, state.step):
+        if checkpoint != checkpoint_path(checkpoint.parent, state.step):
             findings.add("checkpoint", f"{checkpoint.name} says that it is of step {state.step}", step=state.step)
         if state.step > num_steps:
             what = f"a checkpoint after {state.step} steps, the journal has {num_steps}"

@@ -13,11 +13,12 @@ from echelon.packages import package_root
 from echelon.progress import Progress
 from echelon.recipe import Recipe, load_recipe
 from echelon.run_folder import RunFolder, RunRecord
+from echelon.shared_memory import shared_memory
 from echelon.supervisor import Supervisor
 from echelon.validate import check_machine
 from echelon.view import make_view
 from echelon.wandb_sink import WandbSink
-from learner.checkpoint_folder import latest_checkpoint, read_trainer_state
+from learner.checkpoint_folder import DamagedCheckpoint, latest_checkpoint, read_trainer_state, verify_sizes
 
 RUNS = "runs"
 
@@ -55,7 +56,8 @@ def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, reco
     view.note(f"run folder {_short(folder.path)}" + (f", from step {first_step}" if args.resume else ""))
     wandb = WandbSink(config, folder, record.run_id)
     try:
-        return Supervisor(config, folder, package_root(), progress, view, wandb).run()
+        with shared_memory(record.run_id, config.learner.memory_copy_every > 0) as memory_dir:
+            return Supervisor(config, folder, package_root(), progress, view, wandb, memory_dir).run()
     except Interrupted as interrupted:
         view.note(f"stopped at step {progress.steps_done} of {progress.steps}; {_how_to_go_on(args, folder)}")
         return interrupted.exit_code
@@ -66,15 +68,24 @@ def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, reco
 
 
 def _first_step(folder: RunFolder, recipe: Recipe) -> int:
-    """Raises: ValueError where the run is finished, or its last checkpoint is damaged."""
+    """Raises: ValueError where the run is finished, or its last checkpoint lacks a file; the learner reads them all."""
     checkpoint = latest_checkpoint(folder.checkpoints)
-    step = read_trainer_state(checkpoint).step if checkpoint is not None else 0
+    try:
+        step = 0 if checkpoint is None else _checked_step(checkpoint)
+    except DamagedCheckpoint as error:
+        raise ValueError(error.advised()) from None
     steps = recipe.config.learner.steps
     if step >= steps:
         raise ValueError(
             f"the run in {folder.path} is finished after {step} steps: to go on, raise learner.steps, now {steps}"
         )
     return step
+
+
+def _checked_step(checkpoint: Path) -> int:
+    state = read_trainer_state(checkpoint)
+    verify_sizes(checkpoint, state)
+    return state.step
 
 
 def _how_to_go_on(args: argparse.Namespace, folder: RunFolder) -> str:

@@ -11,6 +11,7 @@ import msgspec
 from databus.address import reachable, resolve_address
 from databus.broker import Broker
 from databus.config import BrokerConfig, HistoryConfig
+from databus.evaluation import ACCURACY
 from databus.journal import Journal, read_journal, recover
 from databus.keys import server_keys
 from databus.messages import Position
@@ -64,6 +65,7 @@ def serve(folder: RunFolder) -> None:
     evals = read_evaluation(folder) if config.eval.every > 0 else []
     scheduler = make_scheduler(config, prompts, position)
     keys = folder.keys(config.bus)
+    rows = read_rows(folder.metrics_file)
     broker = Broker(
         broker_config(folder, start_step),
         ScheduledPrompts(prompts, scheduler.problem_of),
@@ -77,7 +79,8 @@ def serve(folder: RunFolder) -> None:
         keys=None if keys is None else server_keys(keys, "broker"),
         journal=Journal(folder.journal, segment),
         past=read_journal(folder.journal),
-        first_row=len(read_rows(folder.metrics_file)),
+        first_row=len(rows),
+        accuracies={row["step"]: row[ACCURACY] for row in rows if ACCURACY in row},
     )
     address = reachable(broker.address)
     record = BusRecord(address=address, run_id=folder.record().run_id, keys="" if keys is None else str(keys))

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from databus.client import BusClient
@@ -21,9 +22,13 @@ logger = logging.getLogger(__name__)
 CONNECT_S = 60.0
 
 
-def learn(folder: RunFolder) -> None:
-    """Raises: whatever ends the learner; `role_main` reports it."""
-    from learner.checkpoint_folder import latest_checkpoint
+def learn(folder: RunFolder, memory_dir: Path | None) -> None:
+    """Args: memory_dir: for copies of the state, and with one where another learner of this run has been killed.
+
+    Raises: whatever ends the learner; `role_main` reports it.
+    """
+    from learner.checkpoint_folder import DamagedCheckpoint
+    from learner.memory_copies import restart_point
     from learner.run import LearnerRun, run_learner
 
     config = folder.config()
@@ -38,14 +43,18 @@ def learn(folder: RunFolder) -> None:
         checkpoints_dir=folder.checkpoints,
         bus_address=config.bus.address if bus.keys else bus.address,
         weight_keys=bus.server_keys("learner", allowed=["worker"]),
-        resume_from=latest_checkpoint(folder.checkpoints),
+        resume_from=restart_point(folder.checkpoints, memory_dir),
+        memory_dir=memory_dir,
         # The supervisor's watchdog comes first, and counts from when all are up; these are for want of one.
         batch_timeout_s=patience_s,
         end_timeout_s=patience_s + config.eval.timeout_s,
         collective_timeout_s=patience_s,
         advantage_function=load_advantage(config, folder.path),
     )
-    run_learner(config.learner, run, lambda version: connect(folder, version))
+    try:
+        run_learner(config.learner, run, lambda version: connect(folder, version))
+    except DamagedCheckpoint as error:
+        raise ValueError(error.advised()) from None
 
 
 class LearnerBus:
@@ -85,10 +94,12 @@ def consequences() -> tuple[type[BaseException], ...]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir")
-    folder = RunFolder(parser.parse_args().run_dir)
+    parser.add_argument("--memory-copies", type=Path, metavar="DIR", help="in shared memory; without it there are none")
+    args = parser.parse_args()
+    folder = RunFolder(args.run_dir)
     rank = int(os.environ.get("RANK", "0"))
     role = "learner" if rank == 0 else f"learner-rank{rank}"
-    return role_main(role, folder.error_file(role), lambda: learn(folder), consequences)
+    return role_main(role, folder.error_file(role), lambda: learn(folder, args.memory_copies), consequences)
 
 
 if __name__ == "__main__":

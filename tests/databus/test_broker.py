@@ -1,12 +1,16 @@
 """The broker over real sockets, with scripted workers and learner."""
 
+import time
 from pathlib import Path
 
 import pytest
 from scripted import (
+    NoSocket,
+    Prompts,
     RunningBroker,
     ScriptedLearner,
     ScriptedWorker,
+    Sink,
     broker_config,
     connect,
     make_group,
@@ -14,12 +18,14 @@ from scripted import (
     send_group,
 )
 
+import databus.broker
+from databus.broker import Broker
 from databus.client import BusClient
 from databus.codec import decode_columns, encode_columns
 from databus.config import BusConfig
 from databus.errors import BusRefused
 from databus.groups import encode_group
-from databus.journal import Journal
+from databus.journal import Journal, read_journal
 from databus.messages import (
     Ack,
     Batch,
@@ -252,6 +258,50 @@ def test_position_survives_a_restart(address: str) -> None:
     assert leased[: len(pending)] == pending
     assert sorted(leased + list(cursors)) == list(range(8))  # nothing twice, nothing left out
     assert again.sink.rows[-1]["ledger/trained_groups"] == 8
+
+
+def test_position_says_how_good_versions_are(address: str) -> None:
+    """The learner keeps checkpoints by that; a broker that came back has it from the rows."""
+    evals = [Prompt(f"e{i}", (9, i + 1), b"{}") for i in range(3)]
+    running = RunningBroker(broker_config(address, eval_every=2, steps=3), evals, accuracies={-2: 0.5})
+    worker, learner = ScriptedWorker(address), ScriptedLearner(address)
+    deadline = time.monotonic() + 20.0
+    known: dict[int, float | None] = {}
+    for step in range(3):
+        learner.step(step)
+    while 3 not in known or None in known.values():
+        assert time.monotonic() < deadline
+        learner.client.send(PositionRequest(step=3))
+        known = receive(learner.client, Position).accuracies
+    assert known == {-2: 0.5, 0: 1.0, 2: 1.0, 3: 1.0}
+    learner.finish()
+    worker.join()
+    running.join()
+
+
+def test_position_of_a_past_step_is_what_it_was(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner that was killed before its checkpoint was complete takes the steps again, and asks again."""
+    config = broker_config(address, steps=9)
+    running = RunningBroker(config, journal=Journal(tmp_path))
+    worker, learner = ScriptedWorker(address, credit=40), ScriptedLearner(address)
+
+    def ask() -> Position:
+        learner.client.send(PositionRequest(step=1))
+        return receive(learner.client, Position)
+
+    learner.step(0)
+    first = ask()
+    learner.step(1)
+    assert ask() == first
+    learner.step(2)
+    assert ask() == first
+    for peer in (worker, learner):
+        peer.client.close("done")
+    running.stop()
+    monkeypatch.setattr(databus.broker, "BrokerSocket", NoSocket)
+    recovered = Broker(config, Prompts(), [], Sink(), past=read_journal(tmp_path))
+    assert recovered._retention.position(1) == first
+    assert recovered._state.step == 3
 
 
 def test_batch_request_is_idempotent(address: str) -> None:

@@ -26,7 +26,7 @@ STEPS = 4
 LEARNER = LearnerConfig(
     steps=STEPS, lr=1e-3, schedule="cosine", checkpoint_every=2, microbatch_tokens=128, keep_checkpoints=10
 )
-CLOCKS = {"learner/wait_s", "learner/step_s", "learner/tokens_per_s", "learner/publish_s"}
+CLOCKS = {"learner/wait_s", "learner/step_s", "learner/tokens_per_s", "learner/publish_s", "learner/save_s"}
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,11 @@ def test_defaults_are_consistent() -> None:
         (["rollout.max_sequences=4"], ["group_size", "rollout.max_sequences"]),
         (["eval.every=5"], ["eval.every", "data.eval"]),
         (["learner.betas=0.9,1.0"], ["learner.betas"]),
+        (["learner.keep_best=1", "learner.checkpoint_every=5"], ["learner.keep_best", "eval.every=0"]),
+        (
+            ["learner.keep_best=1", "learner.checkpoint_every=10", "eval.every=11", "data.eval=org/data"],
+            ["learner.keep_best", "learner.checkpoint_every=10", "eval.every=11", "multiple"],
+        ),
         (["bus.heartbeat_s=20"], ["bus.peer_timeout_s", "bus.heartbeat_s"]),
         (["bus.address=tcp://0.0.0.0:5555", "bus.plain=true"], ["bus.address", "bus.keys", "bus.plain=false"]),
         (["bus.address=udp://127.0.0.1:5555"], ["bus.address", "tcp://HOST:PORT"]),

@@ -34,23 +34,23 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
-    """Runs learner_script.py as torchrun would, one process a rank, and fails the test if a rank fails."""
+    """Runs learner_script.py as torchrun would, one process a rank; fails the test if one does not end as it should."""
     context = multiprocessing.get_context("forkserver")  # one import of torch and transformers for all of them
     context.set_forkserver_preload(["learner.run"])
 
-    def run(world_size: int, arguments: list[str]) -> None:
+    def run(world_size: int, arguments: list[str], main: Callable[..., None] | None = None, exit_code: int = 0) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         with tempfile.TemporaryDirectory() as folder:
             logs = [Path(folder) / f"rank{rank}.log" for rank in range(world_size)]
             ranks = [
-                context.Process(target=rank_main, args=(rank, world_size, port, log, arguments))
+                context.Process(target=rank_main, args=(rank, world_size, port, log, arguments, main))
                 for rank, log in enumerate(logs)
             ]
             _run(ranks)
             for rank, log in zip(ranks, logs, strict=True):
-                assert rank.exitcode == 0, log.read_text()[-3000:]
+                assert rank.exitcode == exit_code, log.read_text()[-3000:]
 
     return run
 

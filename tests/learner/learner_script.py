@@ -2,9 +2,10 @@
 
 import json
 import os
+import signal
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,23 @@ def train(model: Path | str, checkpoints: Path, config: LearnerConfig, **changes
     return bus
 
 
-def rank_main(rank: int, world_size: int, port: int, log: Path, arguments: Sequence[str]) -> None:
+def rank_main(
+    rank: int, world_size: int, port: int, log: Path, arguments: Sequence[str], main: Callable[..., None] | None = None
+) -> None:
     """One rank, in a process of its own, with the environment that torchrun would give it.
 
-    Args: arguments: MODEL CHECKPOINTS METRICS_OUT RESUME_FROM_OR_- [key=value, section.key=value ...], settings of
-        LearnerConfig.
+    Args: main: called with `rank` and `arguments`; None for `train_main`.
     """
     with log.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world_size, "RANK": rank, "LOCAL_RANK": rank}
     os.environ |= {name: str(value) for name, value in job.items()}
+    (main or train_main)(rank, *arguments)
+
+
+def train_main(rank: int, *arguments: str) -> None:
+    """Args: arguments: MODEL CHECKPOINTS METRICS_OUT RESUME_FROM_OR_- [key=value, section.key=value ...], settings of
+    LearnerConfig."""
     model, checkpoints, metrics_out, resume_from, *settings = arguments
     values: dict[str, Any] = {}
     for name, value in (pair.split("=", 1) for pair in settings):
@@ -130,3 +138,33 @@ def rank_main(rank: int, world_size: int, port: int, log: Path, arguments: Seque
     bus = train(model, Path(checkpoints), config, resume_from=None if resume_from == "-" else Path(resume_from))
     if rank == 0:
         Path(metrics_out).write_text(json.dumps(bus.metrics()))
+
+
+def die_while_saving(rank: int, *arguments: str) -> None:
+    """As `train_main`, but the second checkpoint gets as far as its last file, and then comes SIGKILL."""
+    from learner import checkpoint_folder
+
+    put_in_place, calls = checkpoint_folder._replace, []
+
+    def die_the_second_time(temporary: Path, final: Path) -> None:
+        calls.append(final)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        put_in_place(temporary, final)
+
+    checkpoint_folder._replace = die_the_second_time
+    train_main(rank, *arguments)
+
+
+def reshard_main(rank: int, model: str, source: str, target: str) -> None:
+    """Load a checkpoint and save it again, with the ranks that there are."""
+    from learner.checkpoint import load_checkpoint, state_tensors, write_checkpoint
+    from learner.model import ModelOptions, build_model
+    from learner.optimizer import build_optimizer
+    from learner.run import process_group
+
+    with process_group("cpu", timeout_s=60.0):
+        policy = build_model(model, ModelOptions())
+        optimizer, _ = build_optimizer(policy.parameters(), LearnerConfig())
+        state = load_checkpoint(Path(source), policy.causal_lm, optimizer)
+        write_checkpoint(Path(target), state, state_tensors(policy.causal_lm, optimizer), keep=1)

@@ -8,7 +8,9 @@ import torch
 from learner_script import ScriptedBus, encode_batch, learner_run, make_groups, train
 
 from databus.messages import BatchRequest, PositionRequest, Refused, StepDone, Stop, VersionPublished
+from learner import checkpoint_saver
 from learner.batch import StalenessViolation
+from learner.checkpoint import write_checkpoint
 from learner.checkpoint_folder import list_checkpoints, read_trainer_state
 from learner.config import LearnerConfig
 from learner.run import run_learner
@@ -21,6 +23,7 @@ REQUIRED_METRICS = {
     "learner/grad_norm",
     "learner/lr",
     "learner/publish_s",
+    "learner/save_s",
     "learner/num_tokens",
     "loss/policy",
     "loss/entropy",
@@ -94,6 +97,31 @@ def test_checkpoints_carry_the_position(finished: tuple[ScriptedBus, Path]) -> N
     states = [read_trainer_state(path) for path in list_checkpoints(checkpoints)]
     assert [state.step for state in states] == [2, 4]
     assert [state.position and state.position.next_cursor for state in states] == [8, 16]
+
+
+def test_journal_is_kept_for_checkpoints_that_are_not_complete(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker forgets what lies before the oldest checkpoint: it must not hear of one that is being written."""
+    complete = threading.Event()
+
+    class Listening(ScriptedBus):
+        def send(self, message: Any) -> None:
+            super().send(message)
+            if isinstance(message, PositionRequest) and message.step == 4:
+                complete.set()
+
+    def write_later(*args: Any, **more: Any) -> Path:
+        assert complete.wait(30.0)
+        return write_checkpoint(*args, **more)
+
+    monkeypatch.setattr(checkpoint_saver, "write_checkpoint", write_later)
+    config = LearnerConfig(steps=6, lr=1e-3, checkpoint_every=2, keep_checkpoints=2)
+    bus = Listening(config.steps)
+    run_learner(config, learner_run(tiny_model, tmp_path), lambda version: bus)
+    asked = [message for message in bus.sent if isinstance(message, PositionRequest)]
+    assert [(message.step, message.oldest_checkpoint) for message in asked] == [(2, 0), (4, 0), (6, 2)]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000004", "step-000006"]
 
 
 def test_resumed_run_equals_uninterrupted_bit_for_bit(

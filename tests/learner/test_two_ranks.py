@@ -3,24 +3,32 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from learner_script import reshard_main
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
-from learner.checkpoint import load_tensors, model_tensors
-from learner.checkpoint_folder import read_trainer_state
+from learner.checkpoint import model_tensors
+from learner.checkpoint_folder import list_checkpoints, read_trainer_state
 from learner.model import load_causal_lm
 
 SETTINGS = ("steps=3", "lr=1e-3", "microbatch_tokens=100", "checkpoint_every=2")
-CLOCKS = {"learner/step_s", "learner/wait_s", "learner/publish_s", "learner/tokens_per_s"}
+CLOCKS = {"learner/step_s", "learner/wait_s", "learner/publish_s", "learner/save_s", "learner/tokens_per_s"}
 
 
 @pytest.fixture(scope="module")
 def folder(run_ranks: Callable[..., None], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds NAME.json, metrics, and NAME/, checkpoints, of: `one` rank; `two`; and `resumed` on two from one's."""
+    """Holds NAME.json, metrics, and NAME/, checkpoints, of `one` rank, of `two`, and of runs resumed from theirs."""
     folder = tmp_path_factory.mktemp("ranks")
-    for name, ranks, resume_from in (("one", 1, "-"), ("two", 2, "-"), ("resumed", 2, str(folder / "one/step-000002"))):
+    for name, ranks, resume_from in (
+        ("one", 1, "-"),
+        ("two", 2, "-"),
+        ("one to two", 2, str(folder / "one/step-000002")),
+        ("two to one", 1, str(folder / "two/step-000002")),
+        ("two to four", 4, str(folder / "two/step-000002")),
+    ):
         run_ranks(ranks, [str(tiny_model), str(folder / name), str(folder / f"{name}.json"), resume_from, *SETTINGS])
     return folder
 
@@ -42,8 +50,42 @@ def test_two_ranks_give_the_curve_of_one(folder: Path) -> None:
     assert_same_curve(curve(folder, "two"), curve(folder, "one"))
 
 
-def test_checkpoint_of_one_rank_resumes_on_two(folder: Path) -> None:
-    assert_same_curve(curve(folder, "resumed"), curve(folder, "one")[2:])
+@pytest.mark.parametrize("name", ["one to two", "two to one", "two to four"])
+def test_checkpoint_resumes_on_other_ranks(name: str, folder: Path) -> None:
+    """The loss says that the weights are the same, the weights after it that the optimizer and the schedule are."""
+    assert_same_curve(curve(folder, name), curve(folder, "one")[2:])
+    weights_after = [weights(folder / run / "step-000003") for run in (name, "two")]
+    assert_close(*weights_after)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_resharding_keeps_every_bit(
+    ranks: int, folder: Path, run_ranks: Callable[..., None], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Weights and moments, saved on two ranks, loaded and saved again on others."""
+    source = folder / "two" / "step-000002"
+    run_ranks(ranks, [str(tiny_model), str(source), str(tmp_path)], reshard_main)
+    (resaved,) = list_checkpoints(tmp_path)
+    assert len(list(resaved.glob("*.distcp"))) == ranks
+    theirs, ours = whole(source), whole(resaved)
+    assert ours.keys() == theirs.keys()
+    assert {name.rpartition(".")[2] for name in ours if name.startswith("optimizer.")} == {
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+    }
+    for name, tensor in theirs.items():
+        assert tensor.any(), name
+        assert torch.equal(ours[name], tensor), name
+
+
+def whole(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds, read without knowing what that is."""
+    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros(entry.size) for name, entry in metadata.items()}  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="is disabled"):
+        load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    return tensors
 
 
 FORMS = {
@@ -71,18 +113,21 @@ def test_four_ranks_give_the_curve_of_one(
     assert_same_curve(curve(tmp_path, "4"), curve(tmp_path, "1"))
 
 
-@pytest.mark.parametrize("name", ["two", "resumed"])
-def test_checkpoints_hold_the_same_weights(name: str, folder: Path, tiny_model: Path) -> None:
+def test_checkpoints_hold_the_same_weights(folder: Path, tiny_model: Path) -> None:
     """Written by two ranks, read by one process."""
-    assert read_trainer_state(folder / name / "step-000003").world_size == 2
-    ours, theirs = (weights(folder / run / "step-000003", tiny_model) for run in (name, "one"))
+    assert read_trainer_state(folder / "two" / "step-000003").world_size == 2
+    ours, theirs = (weights(folder / run / "step-000003") for run in ("two", "one"))
+    assert_close(ours, theirs)
     initial = model_tensors(load_causal_lm(tiny_model))
-    for tensor_name, tensor in ours.items():
-        assert torch.allclose(tensor, theirs[tensor_name], rtol=1e-3, atol=1e-5), tensor_name
-        assert not torch.equal(tensor, initial[tensor_name]), tensor_name
+    for name, tensor in initial.items():
+        assert not torch.equal(tensor, ours[f"model.{name}"]), name
 
 
-def weights(checkpoint: Path, model: Path) -> dict[str, Any]:
-    tensors = model_tensors(load_causal_lm(model))
-    load_tensors(checkpoint, {"model": tensors}, no_dist=True)
-    return tensors
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in whole(checkpoint).items() if name.startswith("model.")}
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-5), name

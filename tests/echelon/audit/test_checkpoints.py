@@ -39,6 +39,17 @@ def test_changed_file(run: ScriptedRun, tmp_path: Path) -> None:
     assert "the contents of weights have changed" in the_violation(folder).message
 
 
+def test_changed_file_of_one_of_the_best(run: ScriptedRun, tmp_path: Path) -> None:
+    folder = run.write(tmp_path / "run")
+    best = folder.checkpoints / "best"
+    best.mkdir()
+    (folder.checkpoints / "step-000002").rename(best / "step-000002")
+    report = audit_run(folder)
+    assert (report.violations, report.num_checkpoints) == ((), 2)
+    (best / "step-000002" / "weights").write_bytes(b"some wEights")
+    assert "best/step-000002 is damaged: the contents of weights have changed" in the_violation(folder).message
+
+
 def test_missing_file(run: ScriptedRun, tmp_path: Path) -> None:
     folder = run.write(tmp_path / "run")
     (folder.checkpoints / "step-000002" / "weights").unlink()
