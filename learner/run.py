@@ -44,7 +44,8 @@ class LearnerRun:
     listens; it decides where the weight server listens. weight_keys: of that server; None for plain text. resume_from:
     a checkpoint folder. batch_timeout_s: how long to wait for one batch. end_timeout_s: how long after the last step
     the broker may take to end the run. collective_timeout_s: how long a rank waits for the others. advantage_function:
-    the one that `advantage.estimator` names, if it names one.
+    the one that `advantage.estimator` names, if it names one. probe: token ids of fixed texts, at least two each, whose
+    log-probabilities go with every version; empty where engines have no mismatch gate.
     """
 
     model: str
@@ -60,6 +61,7 @@ class LearnerRun:
     end_timeout_s: float = 3600.0
     collective_timeout_s: float = 600.0
     advantage_function: AdvantageFunction | None = None
+    probe: tuple[tuple[int, ...], ...] = ()
 
 
 def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[int], ClosableBus]) -> None:
@@ -147,6 +149,7 @@ def _build(config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: 
         feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
         snapshotter=Snapshotter(policy.causal_lm, run.serving_dtype, rank),
         first_rank=first_rank,
+        probe=run.probe,
     )
 
 

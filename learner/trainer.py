@@ -12,6 +12,7 @@ from learner.checkpoint import save_checkpoint
 from learner.checkpoint_folder import TrainerState, oldest_checkpoint
 from learner.config import LearnerConfig
 from learner.model import PolicyModel
+from learner.probe import score_probe
 from learner.snapshot import Snapshotter
 from learner.train_step import TrainStep
 from learner.weights_out import WeightServer
@@ -33,7 +34,7 @@ class FirstRank:
 class Trainer:
     """Startup is `run_learner`'s; this is the main loop, the same code on every rank.
 
-    start_step: steps taken before this run began. model: id of the model, for the checkpoint.
+    start_step: steps taken before this run began. model: id of the model, for the checkpoint. probe: as `LearnerRun`.
     """
 
     config: LearnerConfig
@@ -46,6 +47,7 @@ class Trainer:
     feed: BatchFeed
     snapshotter: Snapshotter
     first_rank: FirstRank | None
+    probe: tuple[tuple[int, ...], ...] = ()
 
     def run(self) -> None:
         """Raises: RunStoppedError; RuntimeError."""
@@ -77,7 +79,8 @@ class Trainer:
             logger.info("step %d: %.0f tokens in %.2f s", step, metrics["learner/num_tokens"], trained - got)
 
     def _publish(self, version: int) -> None:
-        snapshot = self.snapshotter.take(version)
+        probe = score_probe(self.policy, self.probe, self.config.microbatch_tokens) if self.probe else None
+        snapshot = self.snapshotter.take(version, probe)
         if self.first_rank is None or snapshot is None:
             return
         weights = self.first_rank.weights

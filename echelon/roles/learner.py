@@ -13,6 +13,7 @@ from databus.codec import Frame
 from databus.errors import BusLost
 from databus.messages import Hello
 from echelon.errors import role_main
+from echelon.probe import probe_texts
 from echelon.run_folder import RunFolder
 from echelon.user_function import load_advantage
 
@@ -44,6 +45,7 @@ def learn(folder: RunFolder) -> None:
         end_timeout_s=patience_s + config.eval.timeout_s,
         collective_timeout_s=patience_s,
         advantage_function=load_advantage(config, folder.path),
+        probe=probe_texts(folder.train_prompts, config.rollout),
     )
     run_learner(config.learner, run, lambda version: connect(folder, version))
 

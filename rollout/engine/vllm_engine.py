@@ -3,7 +3,8 @@
 In-flight updates. Requests that have a token keep their KV cache across an update (policy `keep`). Requests that
 have none yet are submitted anew, and the prefix cache is keyed by version. So the KV cache that a completion
 starts from is always of the version that sampled its first token, and a completion whose tokens all carry one
-version was computed with that version's weights alone.
+version was computed with that version's weights alone. While the mismatch gate scores a version, nothing but its probes
+is computed (`vllm_scheduler`): what a refused version would have said is in no request's cache.
 """
 
 import asyncio
@@ -12,13 +13,15 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
+from databus.codec import Array
+from databus.messages import Mismatch, Probe
 from rollout.config import DraftConfig, RolloutConfig
 from rollout.drafting.counters import CounterPage
 from rollout.drafting.facts import DraftFacts, group_key, problem_key
@@ -37,11 +40,19 @@ from rollout.engine.base import (
 from rollout.engine.begin_order import BeginOrder
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
-from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment, tied_engine_cores
+from rollout.engine.gate import admit
+from rollout.engine.vllm_setup import (
+    PROBE_ARGUMENT,
+    check_installed,
+    engine_arguments,
+    set_environment,
+    tied_engine_cores,
+)
 
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 300.0
+PROBE_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 10.0
 CORE_NAME = "EngineCore"
@@ -118,12 +129,12 @@ class VllmEngine:
         try:
             await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
             await self._call(self._llm.abort(sorted(self._without_token)))
-            await self._load(snapshot)
+            mismatch = await self._load(snapshot)
         finally:
             with contextlib.suppress(EngineDead):  # the first cause is on its way
                 await self._call(self._llm.resume_generation())
             self._open.set()
-        return UpdateReport(pause_s=time.monotonic() - started)
+        return UpdateReport(pause_s=time.monotonic() - started, mismatch=mismatch)
 
     def stats(self) -> EngineStats:
         drafting = self._draft_page.read() if self._draft_page else {}
@@ -162,6 +173,14 @@ class VllmEngine:
             "output_kind": RequestOutputKind.CUMULATIVE,
             "stream_interval": self._config.context_tokens + 1,
         }
+        self._probing = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,  # each token's own
+            flat_logprobs=True,
+            detokenize=False,
+            extra_args={PROBE_ARGUMENT: True},
+        )
         self._sampling_type = SamplingParams
         self._tokens_input = tokens_input
         arguments = engine_arguments(self._config, self._model, self._seed, self._draft)
@@ -221,15 +240,46 @@ class VllmEngine:
             self._without_token.discard(request_id)
         return final
 
-    async def _load(self, snapshot: Snapshot) -> None:
+    async def _load(self, snapshot: Snapshot) -> Mismatch | None:
         path = f"/proc/{os.getpid()}/fd/{snapshot.fd}"
         arguments = (msgspec.msgpack.encode(snapshot.manifest), path)
         errors = await self._call(self._llm.collective_rpc("echelon_apply_snapshot", args=arguments))
         refused = next((error for error in errors if error), "")
         if refused:
             raise UpdateFailed(f"version {snapshot.version} refused: {refused}")
+        try:
+            mismatch = await self._pass(snapshot.version, snapshot.manifest.probe)
+        except UpdateFailed:
+            await self._call(self._llm.collective_rpc("echelon_settle", args=(False,)))
+            raise
+        await self._call(self._llm.collective_rpc("echelon_settle", args=(True,)))
         await self._call(self._llm.update_weight_version(str(snapshot.version)))
         self._version = snapshot.version
+        return mismatch
+
+    async def _pass(self, version: int, probe: Probe | None) -> Mismatch | None:
+        """The mismatch gate, of weights that are loaded and not served yet. Raises: UpdateFailed; EngineDead."""
+        if probe is None or not self._config.gate.is_on:
+            return None
+        texts = (self._score(f"probe{version}:{index}", ids) for index, ids in enumerate(probe.sequences))
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                scored = await all_or_none(texts)
+            return admit(version, probe, scored, self._config.gate)
+        except (EngineDead, UpdateFailed):
+            raise
+        except (EngineError, ValueError, TimeoutError) as error:
+            raise UpdateFailed(f"version {version} refused: its probe cannot be scored: {_one_line(error)}") from error
+
+    async def _score(self, request_id: str, token_ids: Sequence[int]) -> Array:
+        """Log-probabilities of all tokens but the first, float32 [t - 1], at temperature 1. Raises: EngineError."""
+        prompt = self._tokens_input(list(token_ids), cache_salt=request_id)
+        try:
+            async for output in self._llm.generate(prompt, self._probing, request_id):
+                scored = output.prompt_logprobs
+        except Exception as error:
+            raise self._translate(error) from error
+        return np.array(scored.logprobs, np.float32)
 
     async def _call(self, call: Awaitable[T]) -> T:
         """A call to the engine core that must succeed: without its answer nobody knows what is being served."""

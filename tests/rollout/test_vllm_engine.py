@@ -19,7 +19,15 @@ from msgspec import structs
 
 from databus.messages import Sampling
 from rollout.config import ReasoningConfig, RolloutConfig
-from rollout.engine.base import Completion, EngineError, GenerateRequest, Snapshot, UpdateFailed, UpdateReport
+from rollout.engine.base import (
+    Completion,
+    EngineError,
+    GateRefused,
+    GenerateRequest,
+    Snapshot,
+    UpdateFailed,
+    UpdateReport,
+)
 from rollout.engine.reasoning import ReasoningEngine
 from rollout.engine.vllm_engine import VllmEngine
 
@@ -109,6 +117,26 @@ def test_the_longest_predicted_is_begun_first(served: Served) -> None:
 
     served.run(scenario())
     assert ended.index("long") < min(ended.index("short"), ended.index("short too"))
+
+
+def test_a_refused_version_leaves_what_lies_on_disk(
+    served: Served, other_weights: Callable, make_snapshot: Callable, make_probe: Callable
+) -> None:
+    """Its tensors are as they were sent, and pass every checksum; they are not what the learner has scored."""
+    version, group = served.engine.version, request("greedy", size=2, temperature=0.0)
+    before: list[Completion] = served.run(served.engine.generate(group))
+    scaled = dict(served.weights) | {"model.norm.weight": served.weights["model.norm.weight"] * 1.5}
+    altered = make_snapshot(scaled, version + 1, make_probe(served.weights))
+    with pytest.raises(GateRefused, match="mismatch gate: engine and learner differ on the probe by KL") as refused:
+        served.run(served.engine.update(altered))
+    altered.close()
+    assert refused.value.mismatch.kl > served.engine._config.gate.max_kl
+    assert served.engine.version == version
+    after: list[Completion] = served.run(served.engine.generate(replace(group, group_id="again")))
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old.token_ids, new.token_ids)
+        np.testing.assert_array_equal(old.logprobs, new.logprobs)
+        assert (new.versions == version).all()
 
 
 def test_update_in_flight_switches_at_a_token(
