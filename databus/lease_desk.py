@@ -66,6 +66,8 @@ class LeaseDesk:
             if not told or lost:
                 message = VersionAnnounced(version=target, address=published.address, num_bytes=published.num_bytes)
                 if state.send(worker.name, message):
+                    if worker.announced_address != published.address:
+                        worker.refused = -1  # by another learner: it is tried again
                     worker.announced = max(worker.announced, target)
                     worker.announced_at, worker.announced_address = time.monotonic(), published.address
 

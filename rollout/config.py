@@ -55,11 +55,13 @@ class GateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The mismatch gate: before a version is served, the engine scores the fixed texts that came with it, and compares
     with what the learner says of them. Beyond either bound the version is refused, and the old one serves on.
 
-    max_kl: mean k3 estimate of KL(engine ‖ learner), nats; 0: no gate. max_difference: of any one log-probability, nats.
+    max_kl: mean k3 estimate of KL(engine ‖ learner), nats a token; 0: no gate. The default leaves room for bfloat16 (about
+        1e-3); in float32, where 1e-11 is usual, 1e-6 also tells stale weights from new ones.
+    max_difference: of any one log-probability, nats.
     """
 
-    max_kl: Annotated[float, Meta(ge=0)] = 0.01
-    max_difference: PositiveFloat = 2.0
+    max_kl: Annotated[float, Meta(ge=0)] = 0.02
+    max_difference: PositiveFloat = 4.0
 
     @property
     def is_on(self) -> bool:

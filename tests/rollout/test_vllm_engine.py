@@ -140,9 +140,10 @@ def test_a_refused_version_leaves_what_lies_on_disk(
 
 
 def test_update_in_flight_switches_at_a_token(
-    served: Served, other_weights: Callable, make_snapshot: Callable, reference: Callable
+    served: Served, other_weights: Callable, make_snapshot: Callable, make_probe: Callable, reference: Callable
 ) -> None:
-    """Ten updates while groups come and go; every token's version must be that of the weights that sampled it."""
+    """Ten updates while groups come and go, and in between some that the mismatch gate refuses; every token's version
+    must be that of the weights that sampled it."""
     history = {served.engine.version: served.weights}
     finished: list[list[Completion]] = []
 
@@ -164,8 +165,14 @@ def test_update_in_flight_switches_at_a_token(
         for version in range(4, 14):
             await some_more()
             history[version] = other_weights(version)
-            report = await served.update(make_snapshot(history[version], version), history[version])
+            probe = make_probe(history[version])
+            if version % 3 == 0:
+                with pytest.raises(GateRefused):
+                    await served.update(make_snapshot(other_weights(1000), version, probe), {})
+                await some_more()
+            report = await served.update(make_snapshot(history[version], version, probe), history[version])
             assert 0 < report.pause_s < 30
+            assert report.mismatch is not None and report.mismatch.kl < 1e-8
             assert served.engine.version == version
         await asyncio.gather(*lanes)
 
@@ -202,7 +209,7 @@ def test_prefix_cache_is_not_shared_across_versions(
 
 
 def test_requests_without_a_token_begin_anew_after_an_update(
-    served: Served, other_weights: Callable, make_snapshot: Callable, reference: Callable
+    served: Served, other_weights: Callable, make_snapshot: Callable, make_probe: Callable, reference: Callable
 ) -> None:
     """More requests than the engine runs at once; those that wait must not find the old version's prefix."""
     old, new, version = served.weights, other_weights(98), served.engine.version
@@ -214,7 +221,9 @@ def test_requests_without_a_token_begin_anew_after_an_update(
         while not served.engine.stats().running_sequences:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.15)
-        await served.update(make_snapshot(new, version + 1), new)
+        with pytest.raises(GateRefused):
+            await served.update(make_snapshot(new, version + 1, make_probe(old)), {})
+        await served.update(make_snapshot(new, version + 1, make_probe(new)), new)
         return await flying
 
     completions: list[Completion] = served.run(scenario())
