@@ -74,9 +74,7 @@ class GateDesk:
             and state.newest is not None
             and not state.ledger.running
             and self._nobody_serves(state.newest)
-            and all(
-                state.gate.capacity(worker.version, state.accepted, 0) <= 0 for worker in state.peers.workers()
-            )
+            and all(state.gate.capacity(worker.version, state.accepted, 0) <= 0 for worker in state.peers.workers())
         )
 
     def _nobody_serves(self, version: int) -> bool:

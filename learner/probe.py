@@ -1,6 +1,7 @@
 """What the learner says of the fixed texts that every version is published with."""
 
-from collections.abc import Iterator, Sequence as Items
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
 
 import numpy as np

@@ -55,8 +55,8 @@ class GateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The mismatch gate: before a version is served, the engine scores the fixed texts that came with it, and compares
     with what the learner says of them. Beyond either bound the version is refused, and the old one serves on.
 
-    max_kl: mean k3 estimate of KL(engine ‖ learner), nats a token; 0: no gate. The default leaves room for bfloat16 (about
-        1e-3); in float32, where 1e-11 is usual, 1e-6 also tells stale weights from new ones.
+    max_kl: mean k3 estimate of KL(engine ‖ learner), nats a token; 0: no gate. The default leaves room for bfloat16
+        (about 1e-3); in float32, where 1e-11 is usual, 1e-6 tells stale weights from new ones, too.
     max_difference: of any one log-probability, nats.
     """
 

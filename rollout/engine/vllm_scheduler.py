@@ -59,7 +59,9 @@ class ProbingScheduler(Scheduler):
             self.running, self.waiting = [*others, *self.running], waiting
 
     def get_num_unfinished_requests(self) -> int:
-        return self._num_probes() if self._pause_state == PauseState.PAUSED_ALL else super().get_num_unfinished_requests()
+        return (
+            self._num_probes() if self._pause_state == PauseState.PAUSED_ALL else super().get_num_unfinished_requests()
+        )
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         self._give_room()  # vLLM refuses while any block is in use

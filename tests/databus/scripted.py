@@ -199,9 +199,7 @@ class ScriptedWorker:
                 case VersionAnnounced(version=version):
                     self.version = version
                     self.client.send(
-                        VersionApplied(
-                            version=version, pause_s=0.01, sync_s=0.02, received_bytes=100, mismatch=PASSED
-                        )
+                        VersionApplied(version=version, pause_s=0.01, sync_s=0.02, received_bytes=100, mismatch=PASSED)
                     )
                 case Stop() | None:
                     self.client.close("stopped")

@@ -27,9 +27,7 @@ def test_the_old_version_serves_on_and_the_run_says_so(address: str) -> None:
     for step in range(4):
         learner.step(step)
     observer.send(StatusRequest())
-    assert receive(observer, Status).refusal == (
-        f"version 2 refused by worker-0, which serves version 1 still: {WHY}"
-    )
+    assert receive(observer, Status).refusal == (f"version 2 refused by worker-0, which serves version 1 still: {WHY}")
     learner.finish()
     worker.join()
     observer.close("done")
@@ -53,7 +51,9 @@ def test_where_nothing_can_be_trained_without_the_version_the_run_ends_at_once(a
     learner.client.send(BatchRequest(step=2))
     running.join()
     assert isinstance(running.failure, RunFailed)
-    assert str(running.failure) == f"version 2 was refused, and max_staleness=0 leaves nothing to train on without: {WHY}"
+    assert (
+        str(running.failure) == f"version 2 was refused, and max_staleness=0 leaves nothing to train on without: {WHY}"
+    )
 
 
 def test_three_versions_in_a_row_end_the_run(address: str) -> None:
