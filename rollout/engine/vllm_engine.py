@@ -13,15 +13,14 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
-from databus.codec import Array
-from databus.messages import Mismatch, Probe
+from databus.messages import Mismatch
 from rollout.config import DraftConfig, RolloutConfig
 from rollout.drafting.counters import CounterPage
 from rollout.drafting.facts import DraftFacts, group_key, problem_key
@@ -40,19 +39,12 @@ from rollout.engine.base import (
 from rollout.engine.begin_order import BeginOrder
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
-from rollout.engine.gate import admit
-from rollout.engine.vllm_setup import (
-    PROBE_ARGUMENT,
-    check_installed,
-    engine_arguments,
-    set_environment,
-    tied_engine_cores,
-)
+from rollout.engine.vllm_gate import VllmGate
+from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment, tied_engine_cores
 
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 300.0
-PROBE_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 10.0
 CORE_NAME = "EngineCore"
@@ -173,19 +165,12 @@ class VllmEngine:
             "output_kind": RequestOutputKind.CUMULATIVE,
             "stream_interval": self._config.context_tokens + 1,
         }
-        self._probing = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,  # each token's own
-            flat_logprobs=True,
-            detokenize=False,
-            extra_args={PROBE_ARGUMENT: True},
-        )
         self._sampling_type = SamplingParams
         self._tokens_input = tokens_input
         arguments = engine_arguments(self._config, self._model, self._seed, self._draft)
         with tied_engine_cores():
             self._llm = AsyncLLM.from_engine_args(arguments)
+        self._gate = VllmGate(self._config.gate, self._llm, self._translate)
 
     async def _complete(self, request: GenerateRequest, index: int) -> Completion:
         given = len(request.prompt_ids) + len(request.prefix)
@@ -248,7 +233,7 @@ class VllmEngine:
         if refused:
             raise UpdateFailed(f"version {snapshot.version} refused: {refused}")
         try:
-            mismatch = await self._pass(snapshot.version, snapshot.manifest.probe)
+            mismatch = await self._gate.admit(snapshot.version, snapshot.manifest.probe)
         except UpdateFailed:
             await self._call(self._llm.collective_rpc("echelon_settle", args=(False,)))
             raise
@@ -256,30 +241,6 @@ class VllmEngine:
         await self._call(self._llm.update_weight_version(str(snapshot.version)))
         self._version = snapshot.version
         return mismatch
-
-    async def _pass(self, version: int, probe: Probe | None) -> Mismatch | None:
-        """The mismatch gate, of weights that are loaded and not served yet. Raises: UpdateFailed; EngineDead."""
-        if probe is None or not self._config.gate.is_on:
-            return None
-        texts = (self._score(f"probe{version}:{index}", ids) for index, ids in enumerate(probe.sequences))
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                scored = await all_or_none(texts)
-            return admit(version, probe, scored, self._config.gate)
-        except (EngineDead, UpdateFailed):
-            raise
-        except (EngineError, ValueError, TimeoutError) as error:
-            raise UpdateFailed(f"version {version} refused: its probe cannot be scored: {_one_line(error)}") from error
-
-    async def _score(self, request_id: str, token_ids: Sequence[int]) -> Array:
-        """Log-probabilities of all tokens but the first, float32 [t - 1], at temperature 1. Raises: EngineError."""
-        prompt = self._tokens_input(list(token_ids), cache_salt=request_id)
-        try:
-            async for output in self._llm.generate(prompt, self._probing, request_id):
-                scored = output.prompt_logprobs
-        except Exception as error:
-            raise self._translate(error) from error
-        return np.array(scored.logprobs, np.float32)
 
     async def _call(self, call: Awaitable[T]) -> T:
         """A call to the engine core that must succeed: without its answer nobody knows what is being served."""
