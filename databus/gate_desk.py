@@ -45,9 +45,9 @@ class GateDesk:
             raise RunFailed(f"{_versions(self._in_a_row)} refused in a row, none served: {message.reason}")
 
     def check(self) -> None:
-        """Raises: RunFailed where nothing can be trained before a version is served, and none is trained before that.
+        """Call it once leases are given and a batch is cut, as far as they can be.
 
-        Call it once leases are given and a batch is cut, as far as they can be.
+        Raises: RunFailed where nothing can be trained before a version is served, nor any published before that.
         """
         if not self._in_a_row:
             return
@@ -74,8 +74,13 @@ class GateDesk:
             and state.newest is not None
             and not state.ledger.running
             and self._nobody_serves(state.newest)
-            and all(state.gate.capacity(worker.version, state.accepted, 0) <= 0 for worker in state.peers.workers())
+            and not any(map(self._may_begin, state.peers.workers()))
         )
+
+    def _may_begin(self, worker: Peer) -> bool:
+        state = self._state
+        capacity = state.gate.capacity(worker.version, state.accepted, running=0)
+        return worker.version >= state.config.start_step and capacity > 0
 
     def _nobody_serves(self, version: int) -> bool:
         workers = self._state.peers.workers()

@@ -39,7 +39,7 @@ from rollout.engine.base import (
 from rollout.engine.begin_order import BeginOrder
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
-from rollout.engine.vllm_gate import VllmGate
+from rollout.engine.vllm_gate import PROBE_SAMPLING, VllmGate
 from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment, tied_engine_cores
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,13 @@ class VllmEngine:
         arguments = engine_arguments(self._config, self._model, self._seed, self._draft)
         with tied_engine_cores():
             self._llm = AsyncLLM.from_engine_args(arguments)
-        self._gate = VllmGate(self._config.gate, self._llm, self._translate)
+        self._gate = VllmGate(
+            self._config.gate,
+            self._llm,
+            sampling=SamplingParams(**PROBE_SAMPLING),
+            tokens_input=tokens_input,
+            translate=self._translate,
+        )
 
     async def _complete(self, request: GenerateRequest, index: int) -> Completion:
         given = len(request.prompt_ids) + len(request.prefix)

@@ -1,7 +1,7 @@
-"""The mismatch gate on vLLM: probes through a pause. Written against vLLM 0.32.0."""
+"""The mismatch gate on vLLM: probes through a pause."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,26 +15,35 @@ from rollout.engine.gate import admit
 from rollout.engine.vllm_setup import PROBE_ARGUMENT
 
 PROBE_TIMEOUT_S = 120.0
+PROBE_SAMPLING: Mapping[str, Any] = {
+    "max_tokens": 1,
+    "temperature": 0.0,
+    "prompt_logprobs": 0,  # each token's own
+    "flat_logprobs": True,
+    "detokenize": False,
+    "extra_args": {PROBE_ARGUMENT: True},
+}
 
 
 class VllmGate:
     """Of one AsyncLLM, which `vllm_scheduler` schedules."""
 
-    def __init__(self, config: GateConfig, llm: Any, translate: Callable[[Exception], EngineError]) -> None:
-        """Args: translate: what vLLM raised to what an engine raises."""
-        from vllm import SamplingParams
-
+    def __init__(
+        self,
+        config: GateConfig,
+        llm: Any,
+        *,
+        sampling: Any,
+        tokens_input: Callable[..., Any],
+        translate: Callable[[Exception], EngineError],
+    ) -> None:
+        """Args: sampling: vLLM's `SamplingParams` with `PROBE_SAMPLING`. tokens_input: vLLM's. translate: what vLLM
+        raised to what an engine raises."""
         self._config = config
         self._llm = llm
+        self._sampling = sampling
+        self._tokens_input = tokens_input
         self._translate = translate
-        self._sampling = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,  # each token's own
-            flat_logprobs=True,
-            detokenize=False,
-            extra_args={PROBE_ARGUMENT: True},
-        )
 
     async def admit(self, version: int, probe: Probe | None) -> Mismatch | None:
         """Let weights pass that are loaded and not served yet; call it in a pause. Raises: UpdateFailed; EngineDead."""
@@ -52,9 +61,7 @@ class VllmGate:
 
     async def _score(self, request_id: str, token_ids: Sequence[int]) -> Array:
         """Log-probabilities of all tokens but the first, float32 [t - 1], at temperature 1. Raises: EngineError."""
-        from vllm.inputs import tokens_input
-
-        prompt, logprobs = tokens_input(list(token_ids), cache_salt=request_id), None
+        prompt, logprobs = self._tokens_input(list(token_ids), cache_salt=request_id), None
         try:
             async for output in self._llm.generate(prompt, self._sampling, request_id):
                 logprobs = output.prompt_logprobs

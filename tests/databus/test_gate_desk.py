@@ -56,6 +56,16 @@ def test_where_nothing_can_be_trained_without_the_version_the_run_ends_at_once(a
     )
 
 
+def test_a_resumed_run_cannot_go_on_with_the_initial_model(address: str) -> None:
+    running = RunningBroker(broker_config(address, steps=4, start_step=2, max_staleness=8))
+    ScriptedWorker(address, refuses={2})
+    learner = ScriptedLearner(address, start_step=2)
+    learner.client.send(BatchRequest(step=2))
+    running.join()
+    assert isinstance(running.failure, RunFailed)
+    assert "version 2 was refused, and max_staleness=8 leaves nothing" in str(running.failure)
+
+
 def test_three_versions_in_a_row_end_the_run(address: str) -> None:
     running = RunningBroker(broker_config(address, steps=9, max_staleness=8))
     worker, learner = ScriptedWorker(address, refuses=range(2, 99)), ScriptedLearner(address)
