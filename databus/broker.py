@@ -11,6 +11,7 @@ from contextlib import suppress
 from databus.chronicle import Chronicle
 from databus.codec import Frame, MalformedMessage
 from databus.config import BrokerConfig
+from databus.gate_desk import GateDesk
 from databus.group_commit import GroupCommit
 from databus.journal import Journal, JournalEntry
 from databus.keys import ServerKeys
@@ -38,6 +39,7 @@ from databus.messages import (
     ToBroker,
     VersionApplied,
     VersionPublished,
+    VersionRefused,
     Welcome,
 )
 from databus.outbox import Outbox
@@ -104,6 +106,7 @@ class Broker:
         )
         self._leases = LeaseDesk(self._state, recorder)
         self._staffing = Staffing(self._state)
+        self._gate = GateDesk(self._state)
         self._steps = StepDesk(self._state, sink, first_row)
         self._retention = Retention(self._state, self._commit, self._leases.history, config.keep_journal)
         Recovery(self._state, self._leases, self._steps, self._retention).fold(past)
@@ -145,6 +148,7 @@ class Broker:
         self._leases.announce()
         self._leases.lease_all()
         self._steps.cut()
+        self._gate.check()
         self._commit.turn()
         self._update_phase()
 
@@ -208,6 +212,9 @@ class Broker:
                 self._staffing.leaving(peer, message)
             case VersionApplied():
                 self._leases.applied(peer, message)
+                self._gate.applied(message)
+            case VersionRefused():
+                self._gate.refused(peer, message)
             case BatchRequest():
                 self._steps.requested(peer, message)
             case StepDone():
@@ -312,6 +319,7 @@ class Broker:
             requested=state.requested is not None and state.batch is None,
             learner_silent_s=0.0 if learner is None else now - learner.heard,
             disk_full=self._commit.disk_full,
+            refusal=state.refusal,
         )
 
     def _say_stop(self, stop: Stop) -> None:

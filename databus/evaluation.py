@@ -172,5 +172,13 @@ class Evaluations:
         """Of all versions so far; None where the evaluation is not over."""
         return self._accuracies | {item.version: None for item in self._queue}
 
+    def drop(self, version: int) -> None:
+        """Nobody will serve the version: its row goes without a result."""
+        current = self.current
+        self._queue = deque(item for item in self._queue if item.version != version)
+        self._results[version] = {}
+        if self._queue and self._queue[0] is not current:
+            self._queue[0].queued = time.monotonic()
+
     def take_result(self, version: int) -> dict[str, float]:
         return self._results.pop(version, {})

@@ -62,10 +62,12 @@ class LeaseDesk:
             told = worker.version >= target or (
                 worker.announced >= target and worker.announced_address == published.address
             )
-            lost = worker.version < worker.announced and time.monotonic() - worker.announced_at > ANNOUNCE_AGAIN_S
+            lost = not worker.is_settled and time.monotonic() - worker.announced_at > ANNOUNCE_AGAIN_S
             if not told or lost:
                 message = VersionAnnounced(version=target, address=published.address, num_bytes=published.num_bytes)
                 if state.send(worker.name, message):
+                    if worker.announced_address != published.address:
+                        worker.refused = -1  # by another learner: it is tried again
                     worker.announced = max(worker.announced, target)
                     worker.announced_at, worker.announced_address = time.monotonic(), published.address
 
@@ -98,7 +100,8 @@ class LeaseDesk:
         return (
             worker.standing == "working"
             and worker.leases_sent < worker.credits
-            and state.config.start_step <= worker.version >= worker.announced
+            and state.config.start_step <= worker.version
+            and worker.is_settled
             and accepted + running < state.config.steps * state.config.batch_groups
             and state.gate.capacity(worker.version, accepted, running) > 0
         )

@@ -127,13 +127,38 @@ class Leaving(Struct, frozen=True, kw_only=True, tag=True):
     reason: str
 
 
+class Mismatch(Struct, frozen=True, kw_only=True):
+    """How far an engine's log-probabilities of a `Probe` are from the learner's; both finite.
+
+    kl: k3 estimate of KL(engine ‖ learner), a mean over its tokens, nats. difference: the largest, nats.
+    """
+
+    kl: float
+    difference: float
+
+
 class VersionApplied(Struct, frozen=True, kw_only=True, tag=True):
-    """Worker -> broker: the engine serves `version` from now on; what the update cost."""
+    """Worker -> broker: the engine serves `version` from now on; what the update cost.
+
+    mismatch: None where the version came without a probe.
+    """
 
     version: int
     pause_s: float = 0.0
     sync_s: float = 0.0
     received_bytes: int = 0
+    mismatch: Mismatch | None = None
+
+
+class VersionRefused(Struct, frozen=True, kw_only=True, tag=True):
+    """Worker -> broker: its mismatch gate has refused `version`; what was served before is served on.
+
+    reason: one line for a person. Said again where the version is announced again.
+    """
+
+    version: int
+    mismatch: Mismatch
+    reason: str
 
 
 # ---------------------------------------------------------------- learner -> broker
@@ -336,7 +361,7 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     version applied); `error` is the first cause where the broker ended the run. `drained`: workers that the
     broker has told to leave, and why, until they are back. `training_s`: how long the learner has had the batch that
     it has, 0 where it has none; `requested`: it waits for one; `learner_silent_s`: since it was heard. `disk_full`:
-    why nothing is being acknowledged or handed out.
+    why nothing is being acknowledged or handed out. `refusal`: the newest version that an engine refused, and why.
     """
 
     phase: str
@@ -355,6 +380,7 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     requested: bool = False
     learner_silent_s: float = 0.0
     disk_full: str = ""
+    refusal: str = ""
 
 
 # ---------------------------------------------------------------- worker <-> weight server of the learner
@@ -371,6 +397,16 @@ class TensorSpec(Struct, frozen=True, kw_only=True):
     xxh3: int
 
 
+class Probe(Struct, frozen=True, kw_only=True):
+    """What a version's weights say of fixed texts, by the learner that published them.
+
+    sequences: token ids, at least two each. logprobs: of every token but a sequence's first, at temperature 1, nats.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+
+
 class ManifestRequest(Struct, frozen=True, kw_only=True, tag=True):
     """Worker -> weight server."""
 
@@ -378,12 +414,16 @@ class ManifestRequest(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Manifest(Struct, frozen=True, kw_only=True, tag=True):
-    """Weight server -> worker: the tensors of a version, in one flat buffer of `num_bytes`, cut in chunks."""
+    """Weight server -> worker: the tensors of a version, in one flat buffer of `num_bytes`, cut in chunks.
+
+    probe: by which an engine can tell that it serves what was published; None where there is no mismatch gate.
+    """
 
     version: int
     num_bytes: int
     chunk_bytes: int
     tensors: tuple[TensorSpec, ...]
+    probe: Probe | None = None
 
 
 class ChunkRequest(Struct, frozen=True, kw_only=True, tag=True):
@@ -408,7 +448,7 @@ class VersionGone(Struct, frozen=True, kw_only=True, tag=True):
 
 
 PeerHello = Hello | Heartbeat | Goodbye
-FromWorker = Credits | Holding | Completed | Failed | Released | VersionApplied | Leaving
+FromWorker = Credits | Holding | Completed | Failed | Released | VersionApplied | VersionRefused | Leaving
 FromLearner = BatchRequest | StepDone | VersionPublished | PositionRequest
 ToBroker = PeerHello | FromWorker | FromLearner | StatusRequest
 

@@ -26,12 +26,24 @@ from databus.messages import (
     ToBroker,
     VersionApplied,
     VersionPublished,
+    VersionRefused,
     WorkerStatus,
 )
 from databus.speed import Speed
 
 MAY_SEND: dict[Role, tuple[type, ...]] = {
-    "worker": (Heartbeat, Goodbye, Credits, Holding, Completed, Failed, Released, VersionApplied, Leaving),
+    "worker": (
+        Heartbeat,
+        Goodbye,
+        Credits,
+        Holding,
+        Completed,
+        Failed,
+        Released,
+        VersionApplied,
+        VersionRefused,
+        Leaving,
+    ),
     "learner": (Heartbeat, Goodbye, BatchRequest, StepDone, VersionPublished, PositionRequest),
     "observer": (Heartbeat, Goodbye, StatusRequest),
 }
@@ -42,6 +54,7 @@ MISSED_HEARTBEATS = 2
 @dataclass
 class Peer:
     """route: of its connection. version: what a worker serves. announced: the newest version it was told of, and when.
+    refused: the newest version that its engine has refused.
 
     credits: of `Credits.total`. standing: whether a worker gets leases. received_tokens: of
     `Heartbeat.generated_tokens`, those whose groups have come in, or never will.
@@ -61,6 +74,12 @@ class Peer:
     speed: Speed = field(default_factory=Speed)
     standing: Standing = "working"
     joined: float = field(default_factory=time.monotonic)
+    refused: int = -1
+
+    @property
+    def is_settled(self) -> bool:
+        """It serves what it was told of, or never will."""
+        return max(self.version, self.refused) >= self.announced
 
     @property
     def name(self) -> str:

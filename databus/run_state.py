@@ -34,6 +34,7 @@ class RunState:
     when, on the monotonic clock.
 
     trained: places in the journal, packed, of the groups of each step that was taken.
+    refusal: the newest version that an engine refused, and why.
     """
 
     config: BrokerConfig
@@ -58,6 +59,7 @@ class RunState:
     placement: Placement = field(default_factory=MostCredit)
     trained: dict[int, "array[int]"] = field(default_factory=dict)
     progress: float = field(default_factory=time.monotonic)
+    refusal: str = ""
 
     @property
     def newest_known(self) -> int:

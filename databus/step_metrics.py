@@ -9,7 +9,7 @@ import numpy as np
 from databus.batches import CutBatch
 from databus.draft_metrics import DraftMetrics
 from databus.groups import Group
-from databus.messages import VersionApplied
+from databus.messages import Mismatch, VersionApplied
 from databus.peers import Peer
 
 
@@ -21,6 +21,8 @@ class StepMetrics:
         self._since = time.monotonic()
         self._tokens = 0
         self._updates: list[VersionApplied] = []
+        self._mismatches: list[Mismatch] = []
+        self._refused: set[int] = set()
         self._drafting = DraftMetrics()
         self._slow: dict[str, float] = {}
         self._num_slow = 0
@@ -38,6 +40,13 @@ class StepMetrics:
 
     def applied(self, update: VersionApplied) -> None:
         self._updates.append(update)
+        if update.mismatch is not None:
+            self._mismatches.append(update.mismatch)
+
+    def refused(self, version: int, mismatch: Mismatch) -> None:
+        """An engine's mismatch gate did not let the version pass."""
+        self._refused.add(version)
+        self._mismatches.append(mismatch)
 
     def slow(self, worker: str, tokens_per_s: float) -> None:
         """A worker is sent away for that; it is named in the next row."""
@@ -53,11 +62,11 @@ class StepMetrics:
         row: dict[str, float] = {"step": batch.step, "time_s": self.elapsed_s()}
         row |= _reward_metrics(batch) | _length_metrics(batch) | _staleness_metrics(batch)
         row["rollout/tokens_per_s"] = self._tokens / max(1e-9, now - self._since)
-        row |= self._drafting.since_last() | self._weight_metrics()
+        row |= self._drafting.since_last() | self._weight_metrics() | self._gate_metrics()
         row["bus/queued_groups"] = queued
         row |= {"bus/slow_workers": self._num_slow} | self._slow
         row |= {f"ledger/{state}_groups": count for state, count in counts.items()}
-        self._since, self._tokens, self._updates, self._slow = now, 0, [], {}
+        self._since, self._tokens, self._updates, self._mismatches, self._slow = now, 0, [], [], {}
         return row | dict(learner)
 
     def _weight_metrics(self) -> dict[str, float]:
@@ -66,6 +75,14 @@ class StepMetrics:
             "weights/sync_s": max((update.sync_s for update in self._updates), default=0.0),
             "weights/pause_s": max((update.pause_s for update in self._updates), default=0.0),
             "weights/sent_bytes": sum(update.received_bytes for update in self._updates),
+        }
+
+    def _gate_metrics(self) -> dict[str, float]:
+        """The worst of the versions that came to a gate since the last step, 0 where none did; refused ones in all."""
+        return {
+            "gate/kl": max((each.kl for each in self._mismatches), default=0.0),
+            "gate/difference": max((each.difference for each in self._mismatches), default=0.0),
+            "gate/refused_versions": len(self._refused),
         }
 
 

@@ -58,6 +58,7 @@ class Supervisor:
         self._progress_at = self._status_at = time.monotonic()
         self._watchdog = Watchdog(self._roster, folder.log_file("watchdog"))
         self._replacements = Replacements(config.rollout.drain_s + GRACE_S)
+        self._refusal = ""
 
     def run(self) -> int:
         """Returns: 0 when the run has finished. Raises: RunFailed; Interrupted. No process is left either way."""
@@ -135,6 +136,9 @@ class Supervisor:
         if status is not None:
             self._progress.status, self._status_at = status, time.monotonic()
             self._replacements.take(status.drained, self._roster.children)
+            if status.refusal not in ("", self._refusal):
+                self._refusal = status.refusal
+                self._view.note(status.refusal)
 
     def _read_rows(self) -> None:
         rows = self._follower.new_rows()

@@ -183,6 +183,7 @@ def _roles(progress: Progress) -> list[tuple[str, str]]:
     return [
         ("versions", f"{learner}, {workers}"),
         ("groups", f"{counts}  [dim]queued {status.queued_groups}, running {status.running_groups}[/]"),
+        *([("gate", f"[yellow]{escape(status.refusal)}[/]")] if status.refusal else []),
         *([("disk", f"[red]nothing is acknowledged: {escape(status.disk_full)}[/]")] if status.disk_full else []),
     ]
 

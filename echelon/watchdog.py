@@ -109,7 +109,8 @@ def _complaint(worker: WorkerStatus) -> str:
 def _nobody_has_work(status: Status) -> str:
     if not status.workers:
         return "no worker is left"
-    return f"no worker holds a group, {status.queued_groups} are queued, the learner {_learner(status)}"
+    refusal = f"; {status.refusal}" if status.refusal else ""
+    return f"no worker holds a group, {status.queued_groups} are queued, the learner {_learner(status)}{refusal}"
 
 
 def _process_line(process: RoleProcess) -> str:

@@ -48,6 +48,8 @@ class LearnerRun:
     long to wait for one batch. end_timeout_s: how long after the last step the broker may take to end the run.
     collective_timeout_s: how long a rank waits for the others. advantage_function: the one that `advantage.estimator`
     names, if it names one.
+    probe: token ids of fixed texts, at least two each, whose
+    log-probabilities go with every version; empty where engines have no mismatch gate.
     """
 
     model: str
@@ -64,6 +66,7 @@ class LearnerRun:
     end_timeout_s: float = 3600.0
     collective_timeout_s: float = 600.0
     advantage_function: AdvantageFunction | None = None
+    probe: tuple[tuple[int, ...], ...] = ()
 
 
 def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[int], ClosableBus]) -> None:
@@ -155,6 +158,7 @@ def _build(
         saver=_saver(config, run, stack),
         copies=_copies(config, run, start_step, stack),
         first_rank=first_rank,
+        probe=run.probe,
     )
 
 

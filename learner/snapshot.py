@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from databus.codec import Array
-from databus.messages import Manifest, TensorSpec
+from databus.messages import Manifest, Probe, TensorSpec
 
 ALIGNMENT_BYTES = 64
 CHUNK_BYTES = 1 << 20
@@ -62,8 +62,8 @@ class Snapshotter:
         self._chunk_bytes = chunk_bytes
 
     @torch.no_grad()
-    def take(self, version: int) -> Snapshot | None:
-        """The current weights as `version`; None on ranks other than 0.
+    def take(self, version: int, probe: Probe | None = None) -> Snapshot | None:
+        """The current weights as `version`, and what they say of fixed texts; None on ranks other than 0.
 
         Tensors have the names that they have in a checkpoint of transformers'; a tied output embedding is left out. One
         whole parameter exists at a time.
@@ -78,7 +78,9 @@ class Snapshotter:
                 specs += [self._write(data, part, tensor, offsets[part]) for part, tensor in stored.items()]
         if self._rank != 0:
             return None
-        manifest = Manifest(version=version, num_bytes=num_bytes, chunk_bytes=self._chunk_bytes, tensors=tuple(specs))
+        manifest = Manifest(
+            version=version, num_bytes=num_bytes, chunk_bytes=self._chunk_bytes, tensors=tuple(specs), probe=probe
+        )
         return Snapshot(manifest, data)
 
     def _layout(self) -> tuple[dict[str, int], int]:

@@ -14,6 +14,7 @@ from learner.checkpoint_saver import CheckpointSaver
 from learner.config import LearnerConfig
 from learner.memory_copies import MemoryCopies
 from learner.model import PolicyModel
+from learner.probe import score_probe
 from learner.snapshot import Snapshotter
 from learner.train_step import TrainStep
 from learner.weights_out import WeightServer
@@ -36,7 +37,7 @@ class Trainer:
     """Startup is `run_learner`'s; this is the main loop, the same code on every rank.
 
     start_step: steps taken before this run began. model: id of the model, for the checkpoint. save_s: how long training
-    has stood still for checkpoints since the last report.
+    has stood still for checkpoints since the last report. probe: as `LearnerRun`.
     """
 
     config: LearnerConfig
@@ -52,6 +53,7 @@ class Trainer:
     copies: MemoryCopies | None
     first_rank: FirstRank | None
     save_s: float = 0.0
+    probe: tuple[tuple[int, ...], ...] = ()
 
     def run(self) -> None:
         """Raises: RunStoppedError; RuntimeError."""
@@ -90,7 +92,8 @@ class Trainer:
             logger.info("step %d: %.0f tokens in %.2f s", step, metrics["learner/num_tokens"], trained - got)
 
     def _publish(self, version: int) -> None:
-        snapshot = self.snapshotter.take(version)
+        probe = score_probe(self.policy, self.probe, self.config.microbatch_tokens) if self.probe else None
+        snapshot = self.snapshotter.take(version, probe)
         if self.first_rank is None or snapshot is None:
             return
         weights = self.first_rank.weights

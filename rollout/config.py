@@ -46,6 +46,28 @@ class ReasoningConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     end: Annotated[str, Meta(min_length=1)] = "</think>"
 
 
+PROBE_SEQUENCES = 4
+PROBE_TOKENS = 64
+"""Size of the fixed texts that learner and engine compare themselves by: at most so many, so long."""
+
+
+class GateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The mismatch gate: before a version is served, the engine scores the fixed texts that came with it, and compares
+    with what the learner says of them. Beyond either bound the version is refused, and the old one serves on.
+
+    max_kl: mean k3 estimate of KL(engine ‖ learner), nats a token; 0: no gate. The default leaves room for bfloat16
+        (about 1e-3); in float32, where 1e-11 is usual, 1e-6 tells stale weights from new ones, too.
+    max_difference: of any one log-probability, nats.
+    """
+
+    max_kl: Annotated[float, Meta(ge=0)] = 0.02
+    max_difference: PositiveFloat = 4.0
+
+    @property
+    def is_on(self) -> bool:
+        return self.max_kl > 0
+
+
 class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Rollout workers and their engines.
 
@@ -63,6 +85,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     gpu_memory_fraction: share of a GPU that vLLM may take. kv_cache_gib: KV cache of a CPU engine.
     enforce_eager: skip vLLM's graph capture and compilation (faster start, slower steps).
     reasoning: budgets within `max_tokens`, which must have room for thinking, its end and the solution.
+    gate: how far engine and learner may differ about a version that is to be served.
     """
 
     workers: PositiveInt = 1
@@ -81,6 +104,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     enforce_eager: bool = True
     start_timeout_s: PositiveFloat = 600.0
     reasoning: ReasoningConfig = ReasoningConfig()
+    gate: GateConfig = GateConfig()
 
 
 class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
-from databus.messages import VersionAnnounced, VersionApplied
-from rollout.engine.base import Engine, Snapshot, UpdateFailed
+from databus.messages import VersionAnnounced, VersionApplied, VersionRefused
+from rollout.engine.base import Engine, GateRefused, Snapshot, UpdateFailed
 from rollout.weights_in import PullError, VersionGoneError, pull_snapshot
 
 logger = logging.getLogger(__name__)
@@ -17,24 +17,32 @@ MAX_FAILURES = 3
 GONE_TIMEOUT_S = 300.0
 
 Pull = Callable[[str, int, int, threading.Event], Snapshot]
+Tell = Callable[[VersionApplied | VersionRefused], None]
 
 
 class VersionFollower:
     """Generation goes on while a version is pulled; versions that are overtaken meanwhile are never pulled."""
 
-    def __init__(self, engine: Engine, applied: Callable[[VersionApplied], None], pull: Pull = pull_snapshot) -> None:
-        """Args: applied: told of every version that the engine serves from now on, before any group that has it."""
+    def __init__(self, engine: Engine, tell: Tell, pull: Pull = pull_snapshot) -> None:
+        """Args: tell: told of every version that the engine serves from now on, before any group that has it, and of
+        those that it has refused."""
         self._engine = engine
-        self._applied = applied
+        self._tell = tell
         self._pull = pull
         self._newest: VersionAnnounced | None = None
+        self._refused: tuple[VersionAnnounced, VersionRefused] | None = None
         self._announced = asyncio.Event()
         self._switch = asyncio.Lock()
         self._stop_pull = threading.Event()
 
     def announce(self, message: VersionAnnounced) -> None:
-        """A learner that came back serves from another address, at first older versions; the old one is silent."""
+        """A learner that came back serves from another address, at first older versions; the old one is silent.
+
+        A version that is announced again although it was refused: the broker has not heard of that.
+        """
         newest = self._newest
+        if self._refused is not None and self._has_refused(message):
+            self._tell(self._refused[1])
         has_moved = newest is not None and message.address != newest.address
         if newest is None or has_moved or message.version > newest.version:
             self._newest = message
@@ -59,6 +67,12 @@ class VersionFollower:
             except VersionGoneError as error:
                 logger.warning("%s; waiting for a newer one", error)
                 await self._other_than(target)
+            except GateRefused as error:
+                failures = 0
+                logger.warning("serving version %d still: %s", self._engine.version, error)
+                refusal = VersionRefused(version=target.version, mismatch=error.mismatch, reason=error.reason)
+                self._refused = (target, refusal)
+                self._tell(refusal)
             except (PullError, UpdateFailed) as error:
                 if self._has_moved(target):
                     continue
@@ -68,10 +82,13 @@ class VersionFollower:
                     raise
 
     async def _next(self) -> VersionAnnounced:
-        while self._newest is None or self._newest.version <= self._engine.version:
+        while (newest := self._newest) is None or newest.version <= self._engine.version or self._has_refused(newest):
             self._announced.clear()
             await self._announced.wait()
-        return self._newest
+        return newest
+
+    def _has_refused(self, announced: VersionAnnounced) -> bool:
+        return self._refused is not None and self._refused[0] == announced
 
     def _has_moved(self, target: VersionAnnounced) -> bool:
         return self._newest is not None and self._newest.address != target.address
@@ -95,12 +112,13 @@ class VersionFollower:
         try:
             async with self._switch:
                 report = await self._engine.update(snapshot)
-                self._applied(
+                self._tell(
                     VersionApplied(
                         version=target.version,
                         pause_s=report.pause_s,
                         sync_s=time.monotonic() - started,
                         received_bytes=snapshot.manifest.num_bytes,
+                        mismatch=report.mismatch,
                     )
                 )
         finally:

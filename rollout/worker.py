@@ -31,6 +31,7 @@ from databus.messages import (
     Stop,
     VersionAnnounced,
     VersionApplied,
+    VersionRefused,
     Welcome,
 )
 from rollout.lease_work import LeaseWork, Outcome
@@ -89,7 +90,7 @@ class Worker:
         self._bus = bus
         self._capacity = credit_groups(max_sequences, group_size, ahead)
         self._work = work
-        self._versions = VersionFollower(work.engine, self._applied, pull)
+        self._versions = VersionFollower(work.engine, self._switched, pull)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unsettled: dict[str, _Unsettled] = {}
         self._in_engine: set[str] = set()
@@ -271,8 +272,9 @@ class Worker:
         if not self._leaving:
             self._grant()
 
-    def _applied(self, message: VersionApplied) -> None:
-        self._version = message.version
+    def _switched(self, message: VersionApplied | VersionRefused) -> None:
+        if isinstance(message, VersionApplied):
+            self._version = message.version
         self._bus.send(message)
 
 

@@ -14,6 +14,7 @@ from databus.codec import Frame
 from databus.errors import BusLost
 from databus.messages import Hello
 from echelon.errors import role_main
+from echelon.probe import probe_texts
 from echelon.run_folder import RunFolder
 from echelon.user_function import load_advantage
 
@@ -50,6 +51,7 @@ def learn(folder: RunFolder, memory_dir: Path | None) -> None:
         end_timeout_s=patience_s + config.eval.timeout_s,
         collective_timeout_s=patience_s,
         advantage_function=load_advantage(config, folder.path),
+        probe=probe_texts(folder.train_prompts, config.rollout),
     )
     try:
         run_learner(config.learner, run, lambda version: connect(folder, version))

@@ -2,6 +2,7 @@
 
 EngineError            one request failed; the engine goes on
 ├── UpdateFailed       new weights were refused; the old version serves on
+│   └── GateRefused    they were loaded whole, and do not say what the learner says
 └── EngineDead         the engine can serve nothing any more
 """
 
@@ -14,7 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from databus.codec import Array
-from databus.messages import Manifest, Sampling
+from databus.messages import Manifest, Mismatch, Sampling
+from rollout.config import GateConfig
 
 
 class EngineError(Exception):
@@ -23,6 +25,19 @@ class EngineError(Exception):
 
 class UpdateFailed(EngineError):
     """The new weights could not be loaded; the version served before is served still, unmixed."""
+
+
+class GateRefused(UpdateFailed):
+    """Trying again would give the same; the next version may pass."""
+
+    def __init__(self, version: int, mismatch: Mismatch, allowed: GateConfig) -> None:
+        self.mismatch = mismatch
+        self.reason = (
+            "mismatch gate: engine and learner differ on the probe by "
+            f"KL {mismatch.kl:.2g} nats a token (rollout.gate.max_kl={allowed.max_kl:g}), at most "
+            f"{mismatch.difference:.2g} (rollout.gate.max_difference={allowed.max_difference:g})"
+        )
+        super().__init__(f"version {version} refused: {self.reason}")
 
 
 class EngineDead(EngineError):
@@ -98,9 +113,10 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """pause_s: how long no token was generated."""
+    """pause_s: how long no token was generated. mismatch: None where the version came without a probe."""
 
     pause_s: float
+    mismatch: Mismatch | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +148,10 @@ class Engine(Protocol):
         ...
 
     async def update(self, snapshot: Snapshot) -> UpdateReport:
-        """Serve `snapshot` from the next token on; requests in flight go on. Raises: UpdateFailed; EngineDead."""
+        """Serve `snapshot` from the next token on; requests in flight go on.
+
+        Raises: UpdateFailed; GateRefused; EngineDead. After the first two the old weights serve on, bit for bit.
+        """
         ...
 
     def stats(self) -> EngineStats: ...

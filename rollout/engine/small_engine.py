@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from databus.codec import Array
+from databus.messages import Mismatch, Probe
 from rollout.config import RolloutConfig
 from rollout.engine.base import (
     Completion,
@@ -30,6 +32,7 @@ from rollout.engine.base import (
 )
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
+from rollout.engine.gate import admit
 from rollout.engine.small_group import RunningGroup
 from rollout.engine.tensors import DTYPES, first_mismatch, tensors
 
@@ -133,7 +136,9 @@ class SmallEngine:
     def _apply(self, snapshot: Snapshot, future: "Future[UpdateReport]") -> None:
         started = time.monotonic()
         try:
-            self._copy(snapshot)
+            mismatch = self._copy(snapshot)
+        except UpdateFailed as error:
+            _settle(future, error)
         except ValueError as error:
             _settle(future, UpdateFailed(f"version {snapshot.version} refused: {error}"))
         except Exception as error:  # in the middle of copying, so the weights may be a mixture
@@ -141,10 +146,10 @@ class SmallEngine:
             _settle(future, EngineDead(f"loading version {snapshot.version} failed: {error}"))
         else:
             self._version = snapshot.version
-            _settle(future, UpdateReport(pause_s=time.monotonic() - started))
+            _settle(future, UpdateReport(pause_s=time.monotonic() - started, mismatch=mismatch))
 
-    def _copy(self, snapshot: Snapshot) -> None:
-        """All is checked before anything is changed."""
+    def _copy(self, snapshot: Snapshot) -> Mismatch | None:
+        """All that can be is checked before anything is changed; the rest changes back what it finds wrong."""
         buffer = snapshot.map()
         wrong = first_mismatch(snapshot.manifest, buffer)
         if wrong:
@@ -152,9 +157,34 @@ class SmallEngine:
         self._expected.check(snapshot.manifest)
         new = dict(tensors(snapshot.manifest, buffer))
         served: dict[str, torch.Tensor] = self._model.state_dict()
-        with torch.no_grad():
-            for name, tensor in new.items():
-                served[name].copy_(tensor)
+        old = {name: served[name].clone() for name in new}
+        _overwrite(served, new)
+        try:
+            return self._pass(snapshot.version, snapshot.manifest.probe)
+        except UpdateFailed:
+            _overwrite(served, old)
+            raise
+
+    def _pass(self, version: int, probe: Probe | None) -> Mismatch | None:
+        """Raises: UpdateFailed."""
+        if probe is None or not self._config.gate.is_on:
+            return None
+        try:
+            scored = [self._logprobs(torch.tensor(ids, device=self._model.device)) for ids in probe.sequences]
+            return admit(version, probe, scored, self._config.gate)
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise UpdateFailed(f"version {version} refused: its probe cannot be scored: {error}") from error
+
+    @torch.inference_mode()
+    def _logprobs(self, token_ids: torch.Tensor) -> Array:
+        logits = self._model(input_ids=token_ids[None, :-1]).logits[0].float()
+        return torch.log_softmax(logits, -1).gather(-1, token_ids[1:, None])[:, 0].cpu().numpy()
+
+
+@torch.no_grad()
+def _overwrite(served: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> None:
+    for name, tensor in new.items():
+        served[name].copy_(tensor)
 
 
 def _settle(future: "Future[Any]", outcome: Any) -> None:

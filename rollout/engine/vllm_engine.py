@@ -3,7 +3,8 @@
 In-flight updates. Requests that have a token keep their KV cache across an update (policy `keep`). Requests that
 have none yet are submitted anew, and the prefix cache is keyed by version. So the KV cache that a completion
 starts from is always of the version that sampled its first token, and a completion whose tokens all carry one
-version was computed with that version's weights alone.
+version was computed with that version's weights alone. While the mismatch gate scores a version, nothing but its probes
+is computed (`vllm_scheduler`): what a refused version would have said is in no request's cache.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
+from databus.messages import Mismatch
 from rollout.config import DraftConfig, RolloutConfig
 from rollout.drafting.counters import CounterPage
 from rollout.drafting.facts import DraftFacts, group_key, problem_key
@@ -37,6 +39,7 @@ from rollout.engine.base import (
 from rollout.engine.begin_order import BeginOrder
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
+from rollout.engine.vllm_gate import PROBE_SAMPLING, VllmGate
 from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment, tied_engine_cores
 
 logger = logging.getLogger(__name__)
@@ -118,12 +121,12 @@ class VllmEngine:
         try:
             await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
             await self._call(self._llm.abort(sorted(self._without_token)))
-            await self._load(snapshot)
+            mismatch = await self._load(snapshot)
         finally:
             with contextlib.suppress(EngineDead):  # the first cause is on its way
                 await self._call(self._llm.resume_generation())
             self._open.set()
-        return UpdateReport(pause_s=time.monotonic() - started)
+        return UpdateReport(pause_s=time.monotonic() - started, mismatch=mismatch)
 
     def stats(self) -> EngineStats:
         drafting = self._draft_page.read() if self._draft_page else {}
@@ -167,6 +170,13 @@ class VllmEngine:
         arguments = engine_arguments(self._config, self._model, self._seed, self._draft)
         with tied_engine_cores():
             self._llm = AsyncLLM.from_engine_args(arguments)
+        self._gate = VllmGate(
+            self._config.gate,
+            self._llm,
+            sampling=SamplingParams(**PROBE_SAMPLING),
+            tokens_input=tokens_input,
+            translate=self._translate,
+        )
 
     async def _complete(self, request: GenerateRequest, index: int) -> Completion:
         given = len(request.prompt_ids) + len(request.prefix)
@@ -221,15 +231,22 @@ class VllmEngine:
             self._without_token.discard(request_id)
         return final
 
-    async def _load(self, snapshot: Snapshot) -> None:
+    async def _load(self, snapshot: Snapshot) -> Mismatch | None:
         path = f"/proc/{os.getpid()}/fd/{snapshot.fd}"
         arguments = (msgspec.msgpack.encode(snapshot.manifest), path)
         errors = await self._call(self._llm.collective_rpc("echelon_apply_snapshot", args=arguments))
         refused = next((error for error in errors if error), "")
         if refused:
             raise UpdateFailed(f"version {snapshot.version} refused: {refused}")
+        try:
+            mismatch = await self._gate.admit(snapshot.version, snapshot.manifest.probe)
+        except UpdateFailed:
+            await self._call(self._llm.collective_rpc("echelon_settle", args=(False,)))
+            raise
+        await self._call(self._llm.collective_rpc("echelon_settle", args=(True,)))
         await self._call(self._llm.update_weight_version(str(snapshot.version)))
         self._version = snapshot.version
+        return mismatch
 
     async def _call(self, call: Awaitable[T]) -> T:
         """A call to the engine core that must succeed: without its answer nobody knows what is being served."""

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rollout.config import DraftConfig, RolloutConfig
+from rollout.config import PROBE_SEQUENCES, DraftConfig, RolloutConfig
 from rollout.drafting.proposer import PROPOSER
 
 WORKER_EXTENSION = "rollout.engine.vllm_worker.SnapshotLoader"
 EXECUTOR = "rollout.engine.vllm_executor.OneCallExecutor"
+PROBE_ARGUMENT = "echelon_probe"
+"""Marks a probe, in `SamplingParams(extra_args=...)`."""
+PROBING_SCHEDULER = "rollout.engine.vllm_scheduler.make_scheduler"
 
 
 def set_environment(config: RolloutConfig, model: str) -> None:
@@ -59,7 +62,8 @@ def engine_arguments(config: RolloutConfig, model: str, seed: int, draft: DraftC
         dtype=config.dtype,
         seed=seed,
         max_model_len=config.context_tokens,
-        max_num_seqs=config.max_sequences,
+        max_num_seqs=config.max_sequences + (PROBE_SEQUENCES if config.gate.is_on else 0),
+        scheduler_cls=PROBING_SCHEDULER if config.gate.is_on else None,
         enforce_eager=config.enforce_eager,
         gpu_memory_utilization=config.gpu_memory_fraction,
         logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included

@@ -63,10 +63,11 @@ class SnapshotLoader:
         return output, drafts if drafts is not None and any(drafts.draft_token_ids) else None
 
     def echelon_apply_snapshot(self, encoded: bytes, path: str) -> str:
-        """Load the snapshot that lies in the file at `path`, a memfd of the parent's under /proc.
+        """Load the snapshot that lies in the file at `path`, a memfd of the parent's under /proc; `echelon_settle` must
+        follow before anything but probes is generated.
 
         Args: encoded: its `Manifest` in msgpack.
-        Returns: "" when it is served; else why it is not, after what was served before is served again.
+        Returns: "" when it is loaded; else why it is not, after what was served before is served again.
         Raises: whatever stopped the rollback; the weights may then be a mixture.
         """
         manifest = msgspec.msgpack.decode(encoded, type=Manifest)
@@ -83,11 +84,22 @@ class SnapshotLoader:
             _put_layers_back(self.model_runner.get_model())
             self._echelon_reload(getattr(self, "_echelon_served", None))
             return f"{ROLLED_BACK}: {type(error).__name__}: {error}"
-        self._echelon_served = (manifest, buffer)
-        drafter = getattr(self.model_runner, "drafter", None)
-        if isinstance(drafter, Proposer):
-            drafter.set_version(manifest.version)
+        self._echelon_loaded = (manifest, buffer)
         return ""
+
+    def echelon_settle(self, accepted: bool) -> None:
+        """Serve what was loaded last, or else what was served before it, bit for bit.
+
+        Raises: whatever stopped the way back; the weights may then be a mixture.
+        """
+        if not accepted:
+            self._echelon_reload(getattr(self, "_echelon_served", None))
+        else:
+            self._echelon_served = self._echelon_loaded
+            drafter = getattr(self.model_runner, "drafter", None)
+            if isinstance(drafter, Proposer):
+                drafter.set_version(self._echelon_served[0].version)
+        del self._echelon_loaded
 
     def _echelon_reload(self, source: tuple[Manifest, mmap.mmap] | None) -> None:
         """Load a snapshot; None: what lies on disk, which is what is served before the first one.

@@ -18,12 +18,14 @@ from databus.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Mismatch,
     PositionRequest,
     Released,
     StatusRequest,
     StepDone,
     VersionApplied,
     VersionPublished,
+    VersionRefused,
 )
 from databus.transport import MAX_FRAMES
 
@@ -41,7 +43,8 @@ VALID = (
     Heartbeat(running_sequences=3),
     Failed(group_id="0" * 32, cause="engine", error="x"),
     Released(group_ids=("0" * 32,)),
-    VersionApplied(version=0),
+    VersionApplied(version=0, mismatch=Mismatch(kl=0.1, difference=1.0)),
+    VersionRefused(version=0, mismatch=Mismatch(kl=0.1, difference=1.0), reason="x"),
     StatusRequest(),
 )
 TAGS = [type(message).__name__ for message in (*VALID, Completed(group_id="", columns=()), Goodbye(), Credits(total=1))]

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,14 @@ from databus.messages import (
     Credits,
     Hello,
     Lease,
+    Mismatch,
     Position,
     StepDone,
     Stop,
     VersionAnnounced,
     VersionApplied,
     VersionPublished,
+    VersionRefused,
 )
 from databus.prompts import Prompt, PromptSource, SampledGroup
 from databus.transport import Received
@@ -157,8 +159,12 @@ def receive(client: BusClient, kind: type, timeout_s: float = 5.0) -> Any:
     raise AssertionError(f"no {kind.__name__} within {timeout_s} s")
 
 
+PASSED, BEYOND = Mismatch(kl=1e-6, difference=0.01), Mismatch(kl=0.5, difference=3.0)
+
+
 class ScriptedWorker:
-    """Answers every lease at once with tokens of the version that it serves, and applies what is announced."""
+    """Answers every lease at once with tokens of the version that it serves, and applies what is announced, as far as
+    its gate lets it pass."""
 
     def __init__(
         self,
@@ -167,9 +173,12 @@ class ScriptedWorker:
         credit: int = 4,
         max_sequences: int = 4,
         keys: ClientKeys | None = None,
+        refuses: Container[int] = (),
     ) -> None:
         self.client = connect(address, name, "worker", keys, max_sequences=max_sequences)
         self.version = 0
+        self._refuses = refuses
+        self.refused: set[int] = set()
         self.total = credit
         self.leases: list[tuple[int, Lease]] = []
         self.client.send(Credits(total=credit))
@@ -183,9 +192,15 @@ class ScriptedWorker:
                 case Lease() as lease:
                     self.leases.append((self.version, lease))
                     self._answer(lease)
+                case VersionAnnounced(version=version) if version in self._refuses:
+                    self.refused.add(version)
+                    for _ in range(2):  # a copy changes nothing
+                        self.client.send(VersionRefused(version=version, mismatch=BEYOND, reason="KL 0.5"))
                 case VersionAnnounced(version=version):
                     self.version = version
-                    self.client.send(VersionApplied(version=version, pause_s=0.01, sync_s=0.02, received_bytes=100))
+                    self.client.send(
+                        VersionApplied(version=version, pause_s=0.01, sync_s=0.02, received_bytes=100, mismatch=PASSED)
+                    )
                 case Stop() | None:
                     self.client.close("stopped")
                     return

@@ -10,10 +10,11 @@ import pytest
 import torch
 import xxhash
 
-from databus.messages import Manifest, TensorSpec
+from databus.messages import Manifest, Probe, TensorSpec
+from rollout.config import PROBE_TOKENS
 from rollout.engine.base import Completion, Snapshot
 
-MakeSnapshot = Callable[[Mapping[str, torch.Tensor], int], Snapshot]
+MakeSnapshot = Callable[..., Snapshot]
 Reference = Callable[[Mapping[str, torch.Tensor], tuple[int, ...], Completion, float], np.ndarray]
 
 
@@ -25,10 +26,11 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def make_snapshot() -> MakeSnapshot:
+    """(weights, version, probe=None) -> a snapshot."""
     return _make_snapshot
 
 
-def _make_snapshot(weights: Mapping[str, torch.Tensor], version: int) -> Snapshot:
+def _make_snapshot(weights: Mapping[str, torch.Tensor], version: int, probe: Probe | None = None) -> Snapshot:
     specs: list[TensorSpec] = []
     data = bytearray()
     for name, tensor in weights.items():
@@ -46,7 +48,7 @@ def _make_snapshot(weights: Mapping[str, torch.Tensor], version: int) -> Snapsho
         data += raw
     fd = os.memfd_create(f"test-weights-{version}")
     os.write(fd, data)
-    manifest = Manifest(version=version, num_bytes=len(data), chunk_bytes=1 << 20, tensors=tuple(specs))
+    manifest = Manifest(version=version, num_bytes=len(data), chunk_bytes=1 << 20, tensors=tuple(specs), probe=probe)
     return Snapshot(version=version, manifest=manifest, fd=fd)
 
 
@@ -86,6 +88,24 @@ def reference(tiny_model: Path) -> Reference:
         return scaled[start - 1 : -1].gather(-1, ids[0, start:, None])[:, 0].numpy()
 
     return logprobs
+
+
+@pytest.fixture(scope="session")
+def make_probe(reference: Reference) -> Callable[[Mapping[str, torch.Tensor]], Probe]:
+    """What given weights say of fixed texts."""
+    rng = np.random.default_rng(0)
+    texts = tuple(tuple(rng.integers(3, 17, length).tolist()) for length in (PROBE_TOKENS, 2, 7, PROBE_TOKENS))
+
+    def probe(weights: Mapping[str, torch.Tensor]) -> Probe:
+        return Probe(sequences=texts, logprobs=tuple(tuple(_scored(weights, text)) for text in texts))
+
+    def _scored(weights: Mapping[str, torch.Tensor], text: tuple[int, ...]) -> list[float]:
+        ids = np.array(text[1:], np.int32)
+        zeros = np.zeros(len(ids))
+        whole = Completion(token_ids=ids, logprobs=zeros, versions=zeros, truncated=False)
+        return reference(weights, text[:1], whole, 1.0).tolist()
+
+    return probe
 
 
 def _load(folder: Path) -> Any:

@@ -13,9 +13,9 @@ import scipy.stats
 import torch
 from transformers import AutoModelForCausalLM
 
-from databus.messages import Sampling
-from rollout.config import RolloutConfig
-from rollout.engine.base import Completion, Engine, EngineDead, EngineError, GenerateRequest, UpdateFailed
+from databus.messages import Probe, Sampling
+from rollout.config import GateConfig, RolloutConfig
+from rollout.engine.base import Completion, Engine, EngineDead, EngineError, GateRefused, GenerateRequest, UpdateFailed
 from rollout.engine.factory import make_engine
 
 CONFIG = RolloutConfig(engine="small", context_tokens=200)
@@ -164,6 +164,44 @@ def test_bad_snapshots_change_nothing(tiny_model: Path, other_weights: Callable,
             assert same(before, await small.generate(request()))
             await small.update(make_snapshot(good, 1))
             assert not same(before, await small.generate(request()))
+
+    run(scenario())
+
+
+def test_a_version_that_is_not_what_the_learner_scored_is_refused(
+    tiny_model: Path, tiny_weights: dict, other_weights: Callable, make_snapshot: Callable, make_probe: Callable
+) -> None:
+    new = other_weights(1)
+    probe = make_probe(new)
+    unscorable = Probe(sequences=((1, 1000),), logprobs=((-1.0,),))
+
+    async def scenario() -> None:
+        async with engine(tiny_model) as small:
+            before = await small.generate(request())
+            with pytest.raises(GateRefused, match=r"version 1 refused: mismatch gate: .* KL \S+ nats a token") as error:
+                await small.update(make_snapshot(new, 1, make_probe(tiny_weights)))
+            assert error.value.mismatch.difference > 0.1
+            for wrong in (unscorable, msgspec.structs.replace(probe, logprobs=probe.logprobs[1:])):
+                with pytest.raises(UpdateFailed, match="version 1 refused: its probe cannot be scored"):
+                    await small.update(make_snapshot(new, 1, wrong))
+            assert small.version == 0
+            assert same(before, await small.generate(request()))
+            report = await small.update(make_snapshot(new, 1, probe))
+            assert report.mismatch is not None and report.mismatch.kl < 1e-9
+            assert small.version == 1
+            assert not same(before, await small.generate(request()))
+
+    run(scenario())
+
+
+def test_without_a_gate_every_version_passes(
+    tiny_model: Path, tiny_weights: dict, other_weights: Callable, make_snapshot: Callable, make_probe: Callable
+) -> None:
+    async def scenario() -> None:
+        async with engine(tiny_model, gate=GateConfig(max_kl=0)) as small:
+            report = await small.update(make_snapshot(other_weights(1), 1, make_probe(tiny_weights)))
+            assert report.mismatch is None
+            assert small.version == 1
 
     run(scenario())
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import rollout.versions
-from databus.messages import Manifest, VersionAnnounced
-from rollout.engine.base import Snapshot, UpdateReport
+from databus.messages import Manifest, Mismatch, VersionAnnounced, VersionApplied, VersionRefused
+from rollout.config import GateConfig
+from rollout.engine.base import GateRefused, Snapshot, UpdateReport
 from rollout.versions import VersionFollower
 from rollout.weights_in import PullError, VersionGoneError
 
@@ -93,3 +94,55 @@ def test_a_server_that_fails_again_and_again_ends_the_worker() -> None:
 
     with pytest.raises(PullError, match="broken"):
         asyncio.run(follow(pull, announced(2, ALIVE), until=2))
+
+
+class Gated(Engine):
+    """Its gate refuses some versions. tries: how often each came to it."""
+
+    def __init__(self, *refused: int) -> None:
+        self._refused = refused
+        self.tries: list[int] = []
+
+    async def update(self, snapshot: Snapshot) -> UpdateReport:
+        self.tries.append(snapshot.version)
+        if snapshot.version in self._refused:
+            raise GateRefused(snapshot.version, Mismatch(kl=0.5, difference=2.0), GateConfig())
+        return await super().update(snapshot)
+
+
+async def gated(engine: Gated, *messages: VersionAnnounced) -> list[tuple[str, int]]:
+    """What is told, each message having been dealt with before the next."""
+    told: list[VersionApplied | VersionRefused] = []
+    follower = VersionFollower(engine, told.append, pull_from_the_living)  # type: ignore[arg-type]
+    task = asyncio.ensure_future(follower.run())
+    for message in messages:
+        follower.announce(message)
+        await asyncio.sleep(0.1)
+        assert not task.done()
+    task.cancel()
+    assert all("mismatch gate" in message.reason for message in told if isinstance(message, VersionRefused))
+    return [(type(message).__name__, message.version) for message in told]
+
+
+def test_a_refused_version_is_not_tried_again_and_the_next_one_is() -> None:
+    engine = Gated(*range(2, 9))
+    told = asyncio.run(gated(engine, *(announced(version, ALIVE) for version in (1, 2, 3, 4, 5, 9))))
+    assert told == [
+        ("VersionApplied", 1),
+        *(("VersionRefused", version) for version in (2, 3, 4, 5)),
+        ("VersionApplied", 9),
+    ]
+    assert engine.tries == [1, 2, 3, 4, 5, 9]
+
+
+def test_a_refusal_is_told_again_where_it_was_not_heard() -> None:
+    engine = Gated(2)
+    told = asyncio.run(gated(engine, announced(2, ALIVE), announced(2, ALIVE)))
+    assert told == [("VersionRefused", 2)] * 2
+    assert engine.tries == [2]
+
+
+def test_the_version_of_another_learner_is_tried() -> None:
+    engine = Gated(2)
+    asyncio.run(gated(engine, announced(2, "ipc://before"), announced(2, ALIVE)))
+    assert engine.tries == [2, 2]

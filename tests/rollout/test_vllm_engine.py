@@ -19,7 +19,15 @@ from msgspec import structs
 
 from databus.messages import Sampling
 from rollout.config import ReasoningConfig, RolloutConfig
-from rollout.engine.base import Completion, EngineError, GenerateRequest, Snapshot, UpdateFailed, UpdateReport
+from rollout.engine.base import (
+    Completion,
+    EngineError,
+    GateRefused,
+    GenerateRequest,
+    Snapshot,
+    UpdateFailed,
+    UpdateReport,
+)
 from rollout.engine.reasoning import ReasoningEngine
 from rollout.engine.vllm_engine import VllmEngine
 
@@ -111,10 +119,31 @@ def test_the_longest_predicted_is_begun_first(served: Served) -> None:
     assert ended.index("long") < min(ended.index("short"), ended.index("short too"))
 
 
-def test_update_in_flight_switches_at_a_token(
-    served: Served, other_weights: Callable, make_snapshot: Callable, reference: Callable
+def test_a_refused_version_leaves_what_lies_on_disk(
+    served: Served, other_weights: Callable, make_snapshot: Callable, make_probe: Callable
 ) -> None:
-    """Ten updates while groups come and go; every token's version must be that of the weights that sampled it."""
+    """Its tensors are as they were sent, and pass every checksum; they are not what the learner has scored."""
+    version, group = served.engine.version, request("greedy", size=2, temperature=0.0)
+    before: list[Completion] = served.run(served.engine.generate(group))
+    scaled = dict(served.weights) | {"model.norm.weight": served.weights["model.norm.weight"] * 1.5}
+    altered = make_snapshot(scaled, version + 1, make_probe(served.weights))
+    with pytest.raises(GateRefused, match="mismatch gate: engine and learner differ on the probe by KL") as refused:
+        served.run(served.engine.update(altered))
+    altered.close()
+    assert refused.value.mismatch.kl > served.engine._config.gate.max_kl
+    assert served.engine.version == version
+    after: list[Completion] = served.run(served.engine.generate(replace(group, group_id="again")))
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old.token_ids, new.token_ids)
+        np.testing.assert_array_equal(old.logprobs, new.logprobs)
+        assert (new.versions == version).all()
+
+
+def test_update_in_flight_switches_at_a_token(
+    served: Served, other_weights: Callable, make_snapshot: Callable, make_probe: Callable, reference: Callable
+) -> None:
+    """Ten updates while groups come and go, and in between some that the mismatch gate refuses; every token's version
+    must be that of the weights that sampled it."""
     history = {served.engine.version: served.weights}
     finished: list[list[Completion]] = []
 
@@ -136,8 +165,14 @@ def test_update_in_flight_switches_at_a_token(
         for version in range(4, 14):
             await some_more()
             history[version] = other_weights(version)
-            report = await served.update(make_snapshot(history[version], version), history[version])
+            probe = make_probe(history[version])
+            if version % 3 == 0:
+                with pytest.raises(GateRefused):
+                    await served.update(make_snapshot(other_weights(1000), version, probe), {})
+                await some_more()
+            report = await served.update(make_snapshot(history[version], version, probe), history[version])
             assert 0 < report.pause_s < 30
+            assert report.mismatch is not None and report.mismatch.kl < 1e-8
             assert served.engine.version == version
         await asyncio.gather(*lanes)
 
@@ -174,7 +209,7 @@ def test_prefix_cache_is_not_shared_across_versions(
 
 
 def test_requests_without_a_token_begin_anew_after_an_update(
-    served: Served, other_weights: Callable, make_snapshot: Callable, reference: Callable
+    served: Served, other_weights: Callable, make_snapshot: Callable, make_probe: Callable, reference: Callable
 ) -> None:
     """More requests than the engine runs at once; those that wait must not find the old version's prefix."""
     old, new, version = served.weights, other_weights(98), served.engine.version
@@ -186,7 +221,9 @@ def test_requests_without_a_token_begin_anew_after_an_update(
         while not served.engine.stats().running_sequences:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.15)
-        await served.update(make_snapshot(new, version + 1), new)
+        with pytest.raises(GateRefused):
+            await served.update(make_snapshot(new, version + 1, make_probe(old)), {})
+        await served.update(make_snapshot(new, version + 1, make_probe(new)), new)
         return await flying
 
     completions: list[Completion] = served.run(scenario())

@@ -9,8 +9,8 @@ import pytest
 import torch
 from enumerable import CONFIG, END, NUM_TOKENS, PROMPT, Drafting, past_of
 
-from databus.messages import Sampling
-from rollout.engine.base import Completion, GenerateRequest
+from databus.messages import Probe, Sampling
+from rollout.engine.base import Completion, GateRefused, GenerateRequest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -72,7 +72,8 @@ def test_greedy_completions_do_not_depend_on_drafts(drafting: Drafting) -> None:
 
 
 def test_updates_in_flight_switch_at_a_token(drafting: Drafting, enumerable: Any, make_snapshot: Callable) -> None:
-    """Drafts made under one version are verified by the next one's weights, and carry its number."""
+    """Drafts made under one version are verified by the next one's weights, and carry its number; a version that the
+    mismatch gate refuses, with requests in flight and drafts made for them, leaves nothing behind."""
     drafting.draft_with("PrefixDrafter")
     engine = drafting.engine
     first = engine.version
@@ -93,9 +94,13 @@ def test_updates_in_flight_switch_at_a_token(drafting: Drafting, enumerable: Any
             goal = len(finished) + 64
             while len(finished) < goal:
                 await asyncio.sleep(0.01)
-            snapshot = make_snapshot(history[version], version)
-            await engine.update(snapshot)
+            probe = probe_of(enumerable, history[version])
+            with pytest.raises(GateRefused):
+                await engine.update(make_snapshot(other_weights(enumerable, 99), version, probe))
+            snapshot = make_snapshot(history[version], version, probe)
+            report = await engine.update(snapshot)
             snapshot.close()
+            assert report.mismatch is not None and report.mismatch.kl < 1e-8
         await asyncio.gather(*lanes)
 
     async def put_back() -> None:
@@ -120,6 +125,14 @@ def test_updates_in_flight_switch_at_a_token(drafting: Drafting, enumerable: Any
             assert abs(expected[switch] - completion.logprobs[switch]) > 1e-6
     assert mixed > 10
     assert engine.stats().drafting["accepted"] > 100
+
+
+@torch.no_grad()
+def probe_of(model: Any, weights: Weights) -> Probe:
+    text = tuple((index * 3 + index // 4) % END for index in range(40))
+    ids = torch.tensor([text])
+    logprobs = torch.log_softmax(torch.func.functional_call(model, weights, (ids,)).logits[0, :-1], -1)
+    return Probe(sequences=(text,), logprobs=(tuple(logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist()),))
 
 
 def other_weights(model: Any, seed: int) -> Weights:
