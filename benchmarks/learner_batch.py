@@ -46,7 +46,8 @@ def long_tailed_lengths(count: int, median: int, longest: int) -> Array:
     """Quantiles of a log-normal distribution, the last of which is `longest`; int32 [count], ascending."""
     normal = NormalDist()
     points = np.array([normal.inv_cdf((index + 0.5) / count) for index in range(count)])
-    return np.round(median * np.exp(points * np.log(longest / median) / points[-1])).astype(np.int32)
+    lengths = median * np.exp(points * np.log(longest / median) / points[-1])
+    return np.maximum(1, np.round(lengths)).astype(np.int32)
 
 
 def make_groups(lengths: Array, *, group_size: int, prompt_tokens: int, vocabulary: int, seed: int = 0) -> list[Group]:

@@ -43,6 +43,12 @@ class PolicyModel(nn.Module):
         self.softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         _check_head(causal_lm)
 
+    @property
+    def attention_tokens(self) -> float:
+        """Length of a sequence at which attention costs as much as the matrices: its scores and values take 4 · n · H
+        operations a token and layer, matrices 24 · H² with a feed-forward part four times as wide as the model."""
+        return 6.0 * self.causal_lm.config.get_text_config().hidden_size
+
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, loss_positions: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:

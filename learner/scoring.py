@@ -20,7 +20,8 @@ def score(model: PolicyModel, sequences: Items[Sequence], max_tokens: int) -> li
     device = next(model.parameters()).device
     logprobs = torch.zeros(sum(len(sequence.targets) for sequence in sequences), device=device)
     scored = [sequence for sequence in sequences if len(sequence.targets)]
-    for planned in plan_microbatches(scored, dist.get_rank(), dist.get_world_size(), max_tokens):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for planned in plan_microbatches(scored, rank, world_size, max_tokens, model.attention_tokens):
         part = planned.to(device)
         logprobs[part.places], _ = model(part.input_ids, part.position_ids, part.loss_positions, part.targets)
         reshard(model)
