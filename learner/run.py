@@ -19,7 +19,7 @@ from learner.bus import BrokerLink, Bus, RunStoppedError
 from learner.checkpoint import load_checkpoint
 from learner.checkpoint_folder import read_trainer_state
 from learner.config import LearnerConfig
-from learner.model import ModelOptions, PolicyModel, build_model
+from learner.model import ModelOptions, PolicyModel, build_model, hidden_matrices
 from learner.optimizer import build_optimizer, resume_schedule
 from learner.reference import build_reference
 from learner.snapshot import Snapshotter
@@ -158,9 +158,12 @@ def build_train_step(config: LearnerConfig, run: LearnerRun, start_step: int) ->
         temperature=run.temperature,
         logprob_chunk_tokens=config.logprob_chunk_tokens,
         gradient_checkpointing=config.gradient_checkpointing,
+        attention=config.attention,
+        compile=config.compile,
+        offload=config.offload,
     )
     policy = build_model(run.model, options)
-    optimizer, scheduler = build_optimizer(policy.parameters(), config)
+    optimizer, scheduler = build_optimizer(policy.parameters(), config, hidden_matrices(policy))
     if run.resume_from is not None:
         load_checkpoint(run.resume_from, policy.causal_lm, optimizer)
         resume_schedule(scheduler, start_step)

@@ -47,7 +47,7 @@ class TrainStep:
         self._config = config
         self._reference = reference
         self._advantage_function = advantage_function
-        self._device = next(policy.parameters()).device
+        self._device = policy.device
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
 

@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -5,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import whole
 from torch import Tensor, nn
 
+from learner.checks import COMPILERS
 from learner.model import ModelOptions, PolicyModel, build_model, decoder_layers, load_causal_lm
 from learner.packing import MicroBatch, plan_microbatches
 from learner.sequences import Sequence
@@ -37,6 +41,26 @@ def forward(policy: PolicyModel, microbatch: MicroBatch) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_packed_equals_unpacked_transformers(gradient_checkpointing: bool, single_rank: None, tiny_model: Path) -> None:
     assert_packed_equals_unpacked(tiny_model, gradient_checkpointing)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+def test_compiled_equals_eager(single_rank: None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several sequences a row, then one a row, with gradient checkpointing: what a batch brings."""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    options = ModelOptions(gradient_checkpointing=True)
+    models = [build_model(tiny_model, replace(options, compile=compile)) for compile in (True, False)]
+    for max_tokens in (90, 30):
+        microbatch = plan_microbatches(make_sequences(), 0, 1, max_tokens)[0]
+        results = [forward(model, microbatch) for model in models]
+        for (logprobs, entropy), model in zip(results, models, strict=True):
+            (logprobs.sum() + entropy.sum()).backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())
+        for ours, theirs in zip(*results, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+    compiled, eager = ([whole(parameter.grad) for parameter in model.parameters()] for model in models)
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def assert_packed_equals_unpacked(model: Path, gradient_checkpointing: bool = False) -> None:
