@@ -13,7 +13,7 @@ Head: log-probabilities and entropy from hidden states, forward and backward, at
 hidden size, against full logits; peak resident memory beyond hidden states and weight, gradients included.
 
 Linear: seconds a token of whole steps, batches of 1k to 64k tokens made of the same 1k tokens of sequences; the bound
-is the dearest size over the cheapest.
+is the dearest size over the cheapest. About 8 minutes on two cores that do nothing else.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +63,7 @@ def against_peers(folder: Path, repeats: int) -> tuple[dict[str, Any], dict[str,
     """(what was trained, tokens/s of each learner)."""
     num_parameters = write_model(folder / "model", **MODEL)
     lengths = long_tailed_lengths(COMPLETIONS, MEDIAN, LONGEST)
-    groups = make_groups(
-        lengths, group_size=GROUP_SIZE, prompt_tokens=PROMPT_TOKENS, vocabulary=MODEL["vocabulary"]
-    )
+    groups = make_groups(lengths, group_size=GROUP_SIZE, prompt_tokens=PROMPT_TOKENS, vocabulary=MODEL["vocabulary"])
     steps = {"echelon": ours(folder / "model"), "padded loop": PaddedLoop(folder / "model", CONFIG).step}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
 
@@ -126,12 +123,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def bars(rates: dict[str, Any], heads: dict[str, Any], linear: dict[str, Any]) -> list[Bar]:
     own, full = heads["ours"], heads["full logits"]
+    head_speed = full["seconds"]["median"] / own["seconds"]["median"]
     costs = [values["median"] for values in linear.values()]
     speedup = rates["echelon"]["median"] / rates["TRL GRPOTrainer"]["median"]
     return [
         Bar("trained tokens/s over TRL's", speedup, 2, "at least"),
         Bar("peak memory of the head over full logits'", own["peak_mib"] / full["peak_mib"], 1 / 8, "at most"),
-        Bar("speed of the head over full logits'", full["seconds"]["median"] / own["seconds"]["median"], 0.9, "at least"),
+        Bar("speed of the head over full logits'", head_speed, 0.9, "at least"),
         Bar("seconds a token, 1k to 64k tokens: most over least", max(costs) / min(costs), 1.15, "at most"),
     ]
 
@@ -157,7 +155,12 @@ def main() -> None:
     write_result(
         args.json,
         question=(__doc__ or "").splitlines()[0],
-        figures={"batch": batch, "tokens_per_s": rates["echelon"], "head": results["head"], "ms_a_token": results["linear"]},
+        figures={
+            "batch": batch,
+            "tokens_per_s": rates["echelon"],
+            "head": results["head"],
+            "ms_a_token": results["linear"],
+        },
         peers={name: rates[name] for name in rates if name != "echelon"},
         bars=bars(rates, results["head"], results["linear"]),
         device=hardware(),

@@ -37,13 +37,7 @@ def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor
     return -F.nll_loss(log_softmax, targets, reduction="none"), entropy
 
 
-def full_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `full_logits`, without the entropy."""
-    logprobs = -F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
-    return logprobs, logprobs
-
-
-HEADS: dict[str, Head] = {"ours": blocked, "full logits": full_logits, "full logits, no entropy": full_logprobs}
+HEADS: dict[str, Head] = {"ours": blocked, "full logits": full_logits}
 
 
 def inputs(tokens: int, hidden: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:

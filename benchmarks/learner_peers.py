@@ -22,7 +22,7 @@ from learner.model import load_causal_lm
 from learner.sequences import Sequence, sequences_of, weighted, with_advantages
 
 TRL_BATCH, PADDED_BATCH = 4, 4
-"""Completions of one forward pass; the best of 1, 2, 4 and 8 for each."""
+"""Completions of one forward pass: with those of the longest, about as many positions as one of ours has."""
 
 
 class PaddedLoop:

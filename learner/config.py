@@ -71,7 +71,7 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     lr, warmup_steps, schedule: peak rate, linear warm-up, then `constant`, `linear` or `cosine` to zero.
     minibatches: parts of a batch, each with an optimizer update of its own; a policy version is a whole batch.
     microbatch_tokens: packed tokens of one forward pass; a longer single sequence gets a pass of its own.
-    logprob_chunk_tokens: positions whose logits exist at one time, in total; what of them is not in work is kept for the
+    logprob_chunk_tokens: positions whose logits exist at one time; those that are not in work are kept for the
         backward pass, which computes the rest again.
     attention: kernel, as transformers names it; all but `sdpa` need `cuda`, `flash_attention_2` also bfloat16 and the
         package flash-attn.

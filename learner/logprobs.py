@@ -20,9 +20,9 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under softmax(hidden · weightᵀ / temperature), and the entropy.
 
-    At no time are there more logits than `chunk_tokens` positions have, or `MIN_BLOCK_WIDTH` a position: as many as that
-    allows are kept for the backward pass, which computes the others again. The matrix product is in the dtype of
-    `hidden`; the softmax is in float32.
+    At no time are there more logits than `chunk_tokens` positions have, or `MIN_BLOCK_WIDTH` a position: as many as
+    that allows are kept for the backward pass, which computes the others again. The matrix product is in the dtype
+    of `hidden`; the softmax is in float32.
 
     Args: hidden: [T, H]. weight: [V, H], the output embedding. targets: int64 [T]. temperature: above 0.
         chunk_tokens: at least 1. softcap: where given, logits become softcap · tanh(logits / softcap) first (Gemma).
@@ -133,9 +133,7 @@ def _targets_inside(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
     return inside, torch.where(inside, targets - block.start, 0)[:, None]
 
 
-def _grad_scaled(
-    log_softmax: Tensor, entropy: Tensor, of_logprobs: Tensor | None, of_entropy: Tensor | None
-) -> Tensor:
+def _grad_scaled(log_softmax: Tensor, entropy: Tensor, of_logprobs: Tensor | None, of_entropy: Tensor | None) -> Tensor:
     """Gradient with respect to the scaled logits, [T, width], without what the target alone adds.
 
     d logprob / d z = onehot(target) - p, and d entropy / d z = -p · (log p + entropy).

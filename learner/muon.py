@@ -13,9 +13,9 @@ from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 class ShardedMuon(Muon):
     """torch's Muon for parameters that FSDP2 has sharded.
 
-    Torch 2.13's own would orthogonalise a DTensor by matrix products of shards, whose partial sums in bfloat16 depend on
-    the number of ranks. Here the momentum is sharded, and each matrix's update is made whole before, on every rank the
-    same; one at a time.
+    Torch 2.13's own would orthogonalise a DTensor by matrix products of shards, whose partial sums in bfloat16 depend
+    on the number of ranks. Here the momentum is sharded, and each matrix's update is made whole before that, on every
+    rank the same; one at a time.
     """
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from learner.muon import MuonWithAdamW
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: LearnerConfig, matrices: Iterable[nn.Parameter] = ()
 ) -> tuple[Optimizer, LambdaLR]:
-    """AdamW (arXiv:1711.05101), or Muon beside it, and a scheduler whose rate for step s is `lr · lr_factor(s, config)`.
+    """AdamW (arXiv:1711.05101), or Muon beside it, and a scheduler whose rate for step s is `lr · lr_factor(s)`.
 
     Args: parameters: all of them. matrices: those that `muon` is for, if it is chosen.
     """
