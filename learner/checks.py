@@ -1,11 +1,15 @@
 """Checks across the learner's settings. Imports neither torch nor anything heavy."""
 
+import os
+import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from learner.config import LearnerConfig, LossConfig
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "lite_ppo", "gdpo", "none")
 ADVANTAGE_SETTING = "learner.advantage.estimator"
+COMPILERS = ("g++", "clang++", "c++")
 RATIO_KINDS = ("gspo", "cispo", "aipo")
 """Losses that are defined by their ratio: where it is always 1 they are `reinforce` under another name."""
 
@@ -13,7 +17,11 @@ RATIO_KINDS = ("gspo", "cispo", "aipo")
 def check_learner(config: LearnerConfig, batch_groups: int) -> None:
     """Raises: ValueError, in one line naming the settings to change, for the first thing that cannot work."""
     names_function(config.advantage.estimator)
-    for error in (*_wrong_settings(config, batch_groups), *_wrong_loss(config.loss, config.minibatches)):
+    for error in (
+        *_wrong_settings(config, batch_groups),
+        *_wrong_loss(config.loss, config.minibatches),
+        *_not_to_be_had(config),
+    ):
         raise ValueError(error)
 
 
@@ -41,6 +49,21 @@ def _wrong_settings(config: LearnerConfig, batch_groups: int) -> Iterator[str]:
         yield "learner.advantage.overlong_tokens is set, but gdpo normalises parts of rewards, not rewards: set it to 0"
     if estimator == "gdpo" and config.loss.kl_coef > 0 and config.loss.kl_in == "reward":
         yield "learner.loss.kl_in is reward, but gdpo normalises parts of rewards, not rewards: set it to loss"
+
+
+def _not_to_be_had(config: LearnerConfig) -> Iterator[str]:
+    """What this device, or this machine, does not have."""
+    if config.attention != "sdpa" and config.device == "cpu":
+        # torch 2.13's flex_attention has no backward pass there, and flash-attn no kernels at all.
+        yield f"learner.attention is {config.attention}, which trains on cuda only: on a CPU use sdpa"
+    if config.attention == "flash_attention_2" and config.dtype == "float32":
+        yield "learner.attention is flash_attention_2, which has no float32: set learner.dtype to bfloat16"
+    if config.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        yield "learner.attention is flash_attention_2, but the package flash-attn is not installed here: use sdpa"
+    if config.offload and config.device == "cpu":
+        yield "learner.offload is true, but learner.device is cpu, whose memory is the host's already: set it to false"
+    if config.compile and not any(map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
+        yield f"learner.compile is true, but there is no C++ compiler here: neither $CXX nor {', '.join(COMPILERS)}"
 
 
 def _wrong_loss(loss: LossConfig, minibatches: int) -> Iterator[str]:

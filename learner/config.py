@@ -71,7 +71,13 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     lr, warmup_steps, schedule: peak rate, linear warm-up, then `constant`, `linear` or `cosine` to zero.
     minibatches: parts of a batch, each with an optimizer update of its own; a policy version is a whole batch.
     microbatch_tokens: packed tokens of one forward pass; a longer single sequence gets a pass of its own.
-    logprob_chunk_tokens: positions whose logits exist at one time.
+    logprob_chunk_tokens: positions whose logits exist at one time; those that are not in work are kept for the
+        backward pass, which computes the rest again.
+    attention: kernel, as transformers names it; all but `sdpa` need `cuda`, `flash_attention_2` also bfloat16 and the
+        package flash-attn.
+    compile: decoder layers through torch.compile; some minutes at the start, and a C++ compiler.
+    offload: masters, gradients and optimizer state in host memory; the optimizer steps there. Needs `cuda`.
+    optimizer: `adamw`; `muon`: Muon for the matrices of decoder layers and AdamW for the rest, with one rate.
     checkpoint_every: steps between checkpoints; 0: only the last. keep_checkpoints: newest ones kept.
     keep_best: older ones kept beside them, by their accuracy in evaluations.
     async_checkpoints: training waits for a copy in host memory only, which is written while it goes on.
@@ -93,6 +99,10 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     microbatch_tokens: PositiveInt = 4096
     logprob_chunk_tokens: PositiveInt = 2048
     gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
+    compile: bool = False
+    offload: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     checkpoint_every: NonNegativeInt = 0

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from learner.logprobs import token_logprobs
@@ -26,6 +26,9 @@ class ModelOptions:
     temperature: float = 1.0
     logprob_chunk_tokens: int = 2048
     gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
+    compile: bool = False
+    offload: bool = False
 
 
 class PolicyModel(nn.Module):
@@ -40,8 +43,15 @@ class PolicyModel(nn.Module):
         self.causal_lm = causal_lm
         self.temperature = temperature
         self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.device = torch.device("cpu")
         self.softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         _check_head(causal_lm)
+
+    @property
+    def attention_tokens(self) -> float:
+        """Length of a sequence at which attention costs as much as the matrices: its scores and values take 4 · n · H
+        operations a token and layer, matrices 24 · H² with a feed-forward part four times as wide as the model."""
+        return 6.0 * self.causal_lm.config.get_text_config().hidden_size
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, loss_positions: Tensor, targets: Tensor
@@ -52,6 +62,9 @@ class PolicyModel(nn.Module):
             loss_positions: int64 [K], indices into the flattened [R · L]. targets: int64 [K].
         Returns: (logprobs [K] with gradient, entropy [K] without), float32, nats.
         """
+        if self.causal_lm.config._attn_implementation == "flash_attention_2":
+            # transformers looks for packed sequences in a single row only; each of our rows begins with position 0.
+            input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
         # attention_mask stays None: only then does transformers find the packed sequences in position_ids.
         output = self.causal_lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, loss_positions)
@@ -65,7 +78,10 @@ def build_model(model_path: str | Path, options: ModelOptions) -> PolicyModel:
 
     Raises: ValueError, in one line, if transformers cannot load a causal language model from there.
     """
-    policy = PolicyModel(load_causal_lm(model_path), options.temperature, options.logprob_chunk_tokens)
+    causal_lm = load_causal_lm(model_path, options.attention)
+    policy = PolicyModel(causal_lm, options.temperature, options.logprob_chunk_tokens)
+    if options.compile:
+        _compile(causal_lm)
     if options.gradient_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _disable_dropout(policy)
@@ -73,10 +89,10 @@ def build_model(model_path: str | Path, options: ModelOptions) -> PolicyModel:
     return shard(policy, options)
 
 
-def load_causal_lm(model_path: str | Path) -> PreTrainedModel:
+def load_causal_lm(model_path: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError) as error:
+        return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation=attention)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ValueError(
             f"model {str(model_path)!r} cannot be loaded as a causal language model: {first_line}"
@@ -88,6 +104,9 @@ def shard(policy: PolicyModel, options: ModelOptions) -> PolicyModel:
     mesh = init_device_mesh(options.device, (torch.distributed.get_world_size(),), mesh_dim_names=("data",))
     precision = MixedPrecisionPolicy(param_dtype=DTYPES[options.dtype], reduce_dtype=torch.float32)
     settings: dict[str, Any] = {"mesh": mesh, "mp_policy": precision}
+    if options.offload:
+        settings["offload_policy"] = CPUOffloadPolicy()
+    policy.device = torch.device(options.device)
     for layer in decoder_layers(policy.causal_lm):
         fully_shard(layer, **settings)
     fully_shard(policy, **settings)
@@ -106,9 +125,23 @@ def reshard(policy: PolicyModel) -> None:
         policy.reshard()
 
 
+def _compile(causal_lm: PreTrainedModel) -> None:
+    """What a layer computes, not its call: FSDP's hooks and gradient checkpointing stay outside the graph."""
+    for layer in decoder_layers(causal_lm):
+        layer.forward = torch.compile(layer.forward, dynamic=True)  # rows of every micro-batch have other widths
+
+
+def hidden_matrices(policy: PolicyModel) -> list[nn.Parameter]:
+    """The matrices of decoder layers: no embedding, head, norm or bias, and no experts kept in one tensor of three
+    dimensions."""
+    layers = decoder_layers(policy.causal_lm)
+    return [parameter for layer in layers for parameter in layer.parameters() if parameter.ndim == 2]
+
+
 def decoder_layers(causal_lm: PreTrainedModel) -> list[nn.Module]:
     names = set(causal_lm._no_split_modules or ())
-    return [module for module in causal_lm.modules() if type(module).__name__ in names]
+    # fully_shard gives a layer a class of its own, derived from the layer's.
+    return [module for module in causal_lm.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
 
 
 def _head_weight(causal_lm: PreTrainedModel) -> Tensor:

@@ -1,20 +1,31 @@
-"""AdamW, the learning-rate schedule, and gradient clipping."""
+"""The optimizer, the learning-rate schedule, and gradient clipping."""
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from learner.config import LearnerConfig
+from learner.muon import MuonWithAdamW
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: LearnerConfig) -> tuple[AdamW, LambdaLR]:
-    """AdamW (arXiv:1711.05101) and a scheduler whose rate for step s is `lr · lr_factor(s, config)`."""
-    optimizer = AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: LearnerConfig, matrices: Iterable[nn.Parameter] = ()
+) -> tuple[Optimizer, LambdaLR]:
+    """AdamW (arXiv:1711.05101), or Muon beside it, and a scheduler whose rate for step s is `lr · lr_factor(s)`.
+
+    Args: parameters: all of them. matrices: those that `muon` is for, if it is chosen.
+    """
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "muon":
+        optimizer: Optimizer = MuonWithAdamW(parameters, matrices, **settings)
+    else:
+        optimizer = AdamW(parameters, **settings)
     return optimizer, LambdaLR(optimizer, lambda step: lr_factor(step, config))
 
 

@@ -4,6 +4,7 @@ A micro-batch has rows of equal width, each holding several sequences end to end
 sequence, not one long row, because attention costs the square of a row's width.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from databus.codec import Array
+from learner.balance import balance, sequence_cost
 from learner.losses import LossTokens
 from learner.sequences import Sequence
 
@@ -41,7 +43,9 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def plan_microbatches(sequences: Items[Sequence], rank: int, world_size: int, max_tokens: int) -> list[MicroBatch]:
+def plan_microbatches(
+    sequences: Items[Sequence], rank: int, world_size: int, max_tokens: int, attention_tokens: float = math.inf
+) -> list[MicroBatch]:
     """This rank's micro-batches; every rank has the same number of each kind, in the same order.
 
     FSDP's collectives must match, so a rank that runs out gets an empty micro-batch. Sequences without a gradient go
@@ -50,26 +54,17 @@ def plan_microbatches(sequences: Items[Sequence], rank: int, world_size: int, ma
 
     Args: sequences: all with `recomputed` and `reference`, or all without.
         max_tokens: positions (R · L) of one micro-batch; a longer single sequence gets one of its own.
+        attention_tokens: as `sequence_cost`, by which ranks are given equal loads.
     """
     microbatches: list[MicroBatch] = []
     for needs_gradient in (True, False):
         pool = [sequence for sequence in sequences if sequence.needs_gradient == needs_gradient]
-        shares = [pack_rows(share, max_tokens) for share in balance(pool, world_size)]
+        split = balance([sequence_cost(sequence, attention_tokens) for sequence in pool], world_size)
+        shares = [pack_rows([pool[index] for index in share], max_tokens) for share in split]
         count = max(max(map(len, shares)), int(needs_gradient))
         mine = shares[rank] + [[]] * (count - len(shares[rank]))
         microbatches += [build_microbatch(rows, needs_gradient) for rows in mine]
     return microbatches
-
-
-def balance(sequences: Items[Sequence], shares: int) -> list[list[Sequence]]:
-    """Split into shares of about equal token counts: longest first, each to the lightest share."""
-    result: list[list[Sequence]] = [[] for _ in range(shares)]
-    loads = [0] * shares
-    for sequence in sorted(sequences, key=lambda item: -item.num_inputs):  # stable: ties keep their order
-        lightest = loads.index(min(loads))
-        result[lightest].append(sequence)
-        loads[lightest] += sequence.num_inputs
-    return result
 
 
 def pack_rows(sequences: Items[Sequence], max_tokens: int) -> list[list[list[Sequence]]]:

@@ -21,7 +21,7 @@ from learner.checkpoint_folder import read_trainer_state
 from learner.checkpoint_saver import CheckpointSaver
 from learner.config import LearnerConfig
 from learner.memory_copies import MemoryCopies
-from learner.model import ModelOptions, PolicyModel, build_model
+from learner.model import ModelOptions, PolicyModel, build_model, hidden_matrices
 from learner.optimizer import build_optimizer, resume_schedule
 from learner.reference import build_reference
 from learner.snapshot import Snapshotter
@@ -47,9 +47,8 @@ class LearnerRun:
     a checkpoint folder. memory_dir: where copies of the state go, in shared memory; None for none. batch_timeout_s: how
     long to wait for one batch. end_timeout_s: how long after the last step the broker may take to end the run.
     collective_timeout_s: how long a rank waits for the others. advantage_function: the one that `advantage.estimator`
-    names, if it names one.
-    probe: token ids of fixed texts, at least two each, whose
-    log-probabilities go with every version; empty where engines have no mismatch gate.
+    names, if it names one. probe: token ids of fixed texts, at least two each, whose log-probabilities go with every
+    version; empty where engines have no mismatch gate.
     """
 
     model: str
@@ -190,9 +189,12 @@ def build_train_step(config: LearnerConfig, run: LearnerRun, start_step: int) ->
         temperature=run.temperature,
         logprob_chunk_tokens=config.logprob_chunk_tokens,
         gradient_checkpointing=config.gradient_checkpointing,
+        attention=config.attention,
+        compile=config.compile,
+        offload=config.offload,
     )
     policy = build_model(run.model, options)
-    optimizer, scheduler = build_optimizer(policy.parameters(), config)
+    optimizer, scheduler = build_optimizer(policy.parameters(), config, hidden_matrices(policy))
     if run.resume_from is not None:
         load_checkpoint(run.resume_from, policy.causal_lm, optimizer)
         resume_schedule(scheduler, start_step)

@@ -17,11 +17,11 @@ def score(model: PolicyModel, sequences: Items[Sequence], max_tokens: int) -> li
 
     Args: sequences: of a whole batch, in order. max_tokens: as `plan_microbatches`.
     """
-    device = next(model.parameters()).device
-    logprobs = torch.zeros(sum(len(sequence.targets) for sequence in sequences), device=device)
+    logprobs = torch.zeros(sum(len(sequence.targets) for sequence in sequences), device=model.device)
     scored = [sequence for sequence in sequences if len(sequence.targets)]
-    for planned in plan_microbatches(scored, dist.get_rank(), dist.get_world_size(), max_tokens):
-        part = planned.to(device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for planned in plan_microbatches(scored, rank, world_size, max_tokens, model.attention_tokens):
+        part = planned.to(model.device)
         logprobs[part.places], _ = model(part.input_ids, part.position_ids, part.loss_positions, part.targets)
         reshard(model)
     dist.all_reduce(logprobs)

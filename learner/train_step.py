@@ -47,7 +47,7 @@ class TrainStep:
         self._config = config
         self._reference = reference
         self._advantage_function = advantage_function
-        self._device = next(policy.parameters()).device
+        self._device = policy.device
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
 
@@ -97,7 +97,8 @@ class TrainStep:
     def _accumulate(self, minibatch: Items[Sequence]) -> LossSums:
         """Add up the gradient of a minibatch; its sums over all ranks."""
         sums = LossSums.zeros(self._device)
-        plan = plan_microbatches(minibatch, self._rank, self._world_size, self._config.microbatch_tokens)
+        max_tokens, attention_tokens = self._config.microbatch_tokens, self._policy.attention_tokens
+        plan = plan_microbatches(minibatch, self._rank, self._world_size, max_tokens, attention_tokens)
         for microbatch in plan:
             sums += self._accumulate_part(microbatch.to(self._device))
         dist.all_reduce(sums.values)

@@ -11,6 +11,13 @@ from learner.config import AdvantageConfig, LearnerConfig, LossConfig
     ("settings", "says"),
     [
         ({"betas": (0.9, 1.0)}, r"learner.betas is \[0.9, 1.0\]"),
+        ({"attention": "flex_attention"}, "attention is flex_attention, which trains on cuda only: on a CPU use sdpa"),
+        ({"attention": "flash_attention_2", "device": "cuda"}, "has no float32: set learner.dtype to bfloat16"),
+        (
+            {"attention": "flash_attention_2", "device": "cuda", "dtype": "bfloat16"},
+            "the package flash-attn is not installed here: use sdpa",
+        ),
+        ({"offload": True}, "learner.offload is true, but learner.device is cpu"),
         ({"minibatches": 9}, "learner.minibatches is 9, but a batch has only batch_groups=8"),
         ({"loss": LossConfig(aggregation="fixed")}, "set learner.loss.fixed_tokens, usually to rollout.max_tokens"),
         ({"loss": LossConfig(dual_clip=1.2)}, r"dual_clip is 1.2: expected 0 \(none\), or above .*=1.28"),
@@ -52,6 +59,15 @@ def test_what_cannot_work_is_refused_in_one_line(settings: dict[str, Any], says:
 )
 def test_what_can_work_is_not(settings: dict[str, Any]) -> None:
     check_learner(msgspec.structs.replace(LearnerConfig(), **settings), batch_groups=8)
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LearnerConfig(compile=True)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    check_learner(config, batch_groups=8)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"learner.compile is true, but there is no C\+\+ compiler here"):
+        check_learner(config, batch_groups=8)
 
 
 def test_names_of_functions() -> None:

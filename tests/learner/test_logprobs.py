@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.logprobs import token_logprobs
+from learner.logprobs import MAX_BLOCK, token_logprobs
 
 NUM_TOKENS, HIDDEN, VOCABULARY = 50, 8, 300
 
@@ -28,7 +29,7 @@ def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: fl
 
 
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 50, 4096])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 40, 50, 4096])
 @pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.6, None), (1.3, 2.0)])
 def test_values_and_gradients_equal_full_logits(
     inputs: tuple[Tensor, ...], chunk_tokens: int, temperature: float, softcap: float | None, entropy_weight: float
@@ -68,6 +69,24 @@ def test_no_tokens_give_zero_gradient(inputs: tuple[Tensor, ...]) -> None:
     assert weight.grad is not None and not weight.grad.any()
 
 
+def test_a_second_backward_pass_gives_the_same_gradient(inputs: tuple[Tensor, ...]) -> None:
+    """Kept logits are overwritten by the first one."""
+    hidden, weight, targets, grad = inputs
+    logprobs, _ = token_logprobs(hidden.requires_grad_(), weight, targets, 1.0, 40)
+    first, second = (torch.autograd.grad(logprobs, hidden, grad, retain_graph=True)[0] for _ in range(2))
+    assert torch.allclose(first, second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_low_precision_the_gradient_of_what_is_almost_certain_is_not_lost(dtype: torch.dtype) -> None:
+    """1 - p is taken in float32, before anything is rounded."""
+    hidden = torch.ones(1, 1, dtype=dtype, requires_grad=True)
+    weight = torch.tensor([[8.0], [0.0]], dtype=dtype)
+    token_logprobs(hidden, weight, torch.zeros(1, dtype=torch.int64), 1.0, 1)[0].sum().backward()
+    assert hidden.grad is not None
+    assert float(hidden.grad) == pytest.approx(8 / (1 + math.exp(8)), rel=0.01)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the largest tensor that any operation makes, backward passes included."""
 
@@ -83,10 +102,18 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("chunk_tokens", "bound"), [(10, 10 * VOCABULARY), (NUM_TOKENS, NUM_TOKENS * VOCABULARY)])
-def test_logits_of_a_chunk_are_the_largest_tensor(inputs: tuple[Tensor, ...], chunk_tokens: int, bound: int) -> None:
+@pytest.mark.parametrize(("chunk_tokens", "num_kept"), [(10, 0), (24, 1), (40, 2), (4 * NUM_TOKENS, 1)])
+def test_no_more_logits_than_a_chunk_has(
+    inputs: tuple[Tensor, ...], chunk_tokens: int, num_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MAX_BLOCK, "cpu", 64 * NUM_TOKENS if chunk_tokens < NUM_TOKENS else 1 << 21)
     hidden, weight, targets, _ = inputs
     with LargestTensor() as largest:
         logprobs, _ = token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), targets, 1.0, chunk_tokens)
+        node: Any = logprobs.grad_fn
+        kept = [tensor.numel() for tensor in node.kept]
         logprobs.sum().backward()
-    assert largest.num_elements == bound
+    assert len(kept) == num_kept
+    assert sum(kept) + max(kept, default=0) <= chunk_tokens * VOCABULARY
+    assert largest.num_elements == (64 * NUM_TOKENS if chunk_tokens < NUM_TOKENS else NUM_TOKENS * VOCABULARY)
+    assert not node.kept

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import whole
 from torch import Tensor, nn
 
 from learner.model import ModelOptions, PolicyModel, build_model, decoder_layers, load_causal_lm
@@ -37,6 +39,20 @@ def forward(policy: PolicyModel, microbatch: MicroBatch) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_packed_equals_unpacked_transformers(gradient_checkpointing: bool, single_rank: None, tiny_model: Path) -> None:
     assert_packed_equals_unpacked(tiny_model, gradient_checkpointing)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler's own, looking at hidden states
+def test_compiled_equals_eager(single_rank: None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph and its gradient are run as they were captured: to make C++ of them takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    (microbatch,) = plan_microbatches(make_sequences(), 0, 1, 90)
+    compiled, eager = (build_model(tiny_model, ModelOptions(compile=compile)) for compile in (True, False))
+    ours, theirs = (forward(policy, microbatch)[0] for policy in (compiled, eager))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    (ours.sum() + theirs.sum()).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for own, other in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert torch.allclose(whole(own.grad), whole(other.grad), rtol=1e-3, atol=1e-4)
 
 
 def assert_packed_equals_unpacked(model: Path, gradient_checkpointing: bool = False) -> None:

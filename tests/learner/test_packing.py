@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_script import make_groups
 
-from learner.packing import MicroBatch, balance, pack_rows, plan_microbatches
+from learner.packing import MicroBatch, pack_rows, plan_microbatches
 from learner.sequences import Sequence, sequences_of
 
 
@@ -95,11 +96,15 @@ def test_plan_is_deterministic() -> None:
         assert torch.equal(ours.loss_positions, theirs.loss_positions)
 
 
-def test_shares_are_balanced() -> None:
-    rng = np.random.default_rng(0)
-    sequences = [make_sequence(int(size)) for size in rng.integers(10, 100, 256)]
-    loads = [sum(sequence.num_inputs for sequence in share) for share in balance(sequences, 4)]
-    assert max(loads) - min(loads) <= 10  # no more than the shortest sequence
+def test_ranks_get_equal_costs_not_equal_tokens() -> None:
+    """One of 400 costs 800 where attention counts, as much as six and a half of 100."""
+    sequences = [make_sequence(400, mark=0), *(make_sequence(100, mark=mark) for mark in range(1, 8))]
+    by_cost, by_tokens = (
+        [plan_microbatches(sequences, rank, 2, 10_000, tokens)[0].num_tokens for rank in range(2)]
+        for tokens in (400, math.inf)
+    )
+    assert sorted(by_cost) == [400, 700]
+    assert sorted(by_tokens) == [500, 600]
 
 
 def test_little_padding() -> None:

@@ -6,6 +6,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from learner_script import make_groups
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from learner.config import AdvantageConfig, LearnerConfig, LossConfig
 from learner.losses import LossTokens, policy_loss
 from learner.model import ModelOptions, build_model, load_causal_lm
 from learner.optimizer import build_optimizer
+from learner.packing import plan_microbatches
 from learner.reference import build_reference, penalised
 from learner.sequences import Sequence, sequences_of, weighted, with_advantages
 from learner.train_step import TrainStep
@@ -113,6 +116,31 @@ def test_gradient_does_not_depend_on_microbatches(
     assert metrics["loss/policy"] == pytest.approx(policy, rel=1e-4, abs=1e-7)
     assert (metrics["loss/reference_kl"] != 0) == (reference is not None)
     assert_same_gradients(gradients, expected)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path) -> dict[str, Tensor]:
+    return naive_gradients(tiny_model, make_groups(0), with_loss(LOSSES["gspo"]))[1]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ranks=st.sampled_from([1, 2, 4]), max_tokens=st.integers(1, 300), seed=st.integers(0, 999))
+def test_gradient_does_not_depend_on_the_split(
+    ranks: int, max_tokens: int, seed: int, expected: dict[str, Tensor], single_rank: None, tiny_model: Path
+) -> None:
+    """All that 1, 2 or 4 ranks would do, for sequences in any order, added up in this process."""
+    config = LOSSES["gspo"]
+    policy = build_model(tiny_model, ModelOptions())
+    groups = make_groups(0)
+    sequences = with_advantages(sequences_of(groups, 0), groups, estimate_advantages(groups, "grpo"))
+    sequences = weighted(sequences, config)
+    np.random.default_rng(seed).shuffle(sequences)  # type: ignore[arg-type]
+    for rank in range(ranks):
+        for part in plan_microbatches(sequences, rank, ranks, max_tokens, policy.attention_tokens):
+            logprobs, entropy = policy(part.input_ids, part.position_ids, part.loss_positions, part.targets)
+            policy_loss(logprobs, entropy, part.tokens, config)[0].backward()
+    gradients: dict[str, Any] = {name: parameter.grad for name, parameter in policy.causal_lm.named_parameters()}
+    assert_same_gradients({name: gradient.full_tensor() for name, gradient in gradients.items()}, expected)
 
 
 def test_gradient_does_not_depend_on_order(single_rank: None, tiny_model: Path) -> None:

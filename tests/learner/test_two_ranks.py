@@ -99,6 +99,7 @@ FORMS = {
         "minibatches=2",
         "advantage.estimator=reinforce++",
     ),
+    "muon": ("optimizer=muon", "lr=1e-3", "weight_decay=0.1"),
     "reward": ("loss.kl_coef=0.1", "loss.kl_in=reward", "advantage.mask_truncated=true", "microbatch_tokens=30"),
 }
 
