@@ -1,7 +1,7 @@
-"""The GRPO family as settings of a run, as in the papers except where a comment says why not; docs/guide/losses.md lists
-the same. What a setting means, and where it comes from, stands in that page and in the docstrings that it names.
+"""The GRPO family as settings of a run of chain-sum: as in the papers, except where a comment says why not.
 
-Chain-sum's learning rate, 1e-4, is about 100 times that of the papers, and its longest right answer has 113 tokens of 128.
+docs/guide/losses.md lists the same, and names the sources. Chain-sum's learning rate, 1e-4, is about 100 times that of
+the papers; its longest right answer has 113 tokens of 128.
 """
 
 ALGORITHMS: dict[str, tuple[str, ...]] = {
@@ -23,7 +23,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     ),
     "dapo": (
         "learner.advantage.estimator=grpo",
-        # The last 16 tokens of 128: 20 % of the room, as in the paper, would punish right answers to the longest chains.
+        # The last 16 tokens of 128: 20 % of the room, as in the paper, would punish the longest right answers.
         "learner.advantage.overlong_tokens=128",
         "learner.advantage.overlong_cache_tokens=16",
         "learner.loss.proximal=sampled",
@@ -57,7 +57,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
         "learner.loss.correction=token_tis",
         "learner.loss.aggregation=token",
         "learner.minibatches=4",
-        # Four updates a batch, each of a quarter of it: the square-root rule for Adam (arXiv:2205.10287) halves the rate.
+        # Four updates of a quarter batch each: Adam's square-root rule (arXiv:2205.10287) halves the rate.
         "learner.lr=5e-5",
     ),
 }

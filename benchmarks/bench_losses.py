@@ -3,9 +3,9 @@
     python benchmarks/bench_losses.py --json benchmarks/results/bench_losses.json
     python benchmarks/bench_losses.py --json OUT --cells grpo:2 gspo:0
 
-A cell is an algorithm (`algorithms.py`) at a bound on staleness: `recipes/grpo_chain_sum.py` with real vLLM, the demo's
-100 steps. OUT is written after every cell, and a cell that it has is not run again, so an interrupted series goes on where
-it stood; a run that fails is named and left for the next call. 6 to 12 minutes a cell on two cores, 18 cells.
+A cell is an algorithm (`algorithms.py`) at a bound on staleness: `recipes/grpo_chain_sum.py` with real vLLM, the
+demo's 100 steps. OUT is written after every cell, and a cell that it has is not run again, so an interrupted series
+goes on where it stood; a run that fails is named and left for the next call. 18 cells of 6 to 12 minutes on two cores.
 """
 
 import argparse
