@@ -75,12 +75,22 @@ def build_model(model_path: str | Path, options: ModelOptions) -> PolicyModel:
 
 def load_causal_lm(model_path: str | Path) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
+        return heed_softcap(
+            AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
+        )
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ValueError(
             f"model {str(model_path)!r} cannot be loaded as a causal language model: {first_line}"
         ) from None
+
+
+def heed_softcap(causal_lm: PreTrainedModel) -> PreTrainedModel:
+    """SDPA of transformers 5.19 passes over the soft cap of attention scores (Gemma 2) without a word; vLLM does not."""
+    softcap = getattr(causal_lm.config, "attn_logit_softcapping", None)
+    if softcap and causal_lm.config._attn_implementation == "sdpa":
+        causal_lm.set_attn_implementation("eager")
+    return causal_lm
 
 
 def shard(policy: PolicyModel, options: ModelOptions) -> PolicyModel:

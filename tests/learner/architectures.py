@@ -37,7 +37,7 @@ WINDOW = 8
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**SIZES),
+    "qwen2": Qwen2Config(**SIZES | {"hidden_size": 128}),  # its heads divide it, whatever head_dim says
     "qwen3": Qwen3Config(**SIZES),
     "mistral, windowed": MistralConfig(**SIZES, sliding_window=WINDOW),
     "gemma": GemmaConfig(**SIZES),

@@ -6,11 +6,13 @@ That vLLM serves what is published of them: tests/rollout/test_architectures_in_
 from pathlib import Path
 
 import pytest
+import torch
 from architectures import CONFIGS, write_model
 from safetensors.numpy import load_file
 from test_model import assert_packed_equals_unpacked
+from transformers import AutoModelForCausalLM
 
-from learner.model import ModelOptions, build_model
+from learner.model import ModelOptions, build_model, load_causal_lm
 from learner.snapshot import Snapshotter
 
 
@@ -23,6 +25,15 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("model", CONFIGS, indirect=True)
 def test_packed_is_unpacked(model: Path, single_rank: None) -> None:
     assert_packed_equals_unpacked(model)
+
+
+@pytest.mark.parametrize("model", CONFIGS, indirect=True)
+@torch.no_grad()
+def test_attention_is_the_models(model: Path) -> None:
+    """Windows and soft caps too, as in transformers' plainest attention, which is what vLLM serves."""
+    ids = torch.arange(30)[None] % 29 + 3
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    assert torch.allclose(load_causal_lm(model)(ids).logits, plain(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", CONFIGS, indirect=True)

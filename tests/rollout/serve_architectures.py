@@ -77,14 +77,14 @@ async def serve(job: dict[str, Any]) -> dict[str, list[Completion]]:
     await engine.start()
     try:
         snapshot = await asyncio.to_thread(pull_snapshot, job["address"], 1, job["num_bytes"], threading.Event())
+        before = await engine.generate(request("before"))
         across: list[Completion] = []
         lanes = [asyncio.ensure_future(keep_busy(engine, lane, across)) for lane in range(LANES)]
-        while len(across) < GROUP:
-            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
         await engine.update(snapshot)
         snapshot.close()
         await asyncio.gather(*lanes)
-        return {"across": across, "after": await engine.generate(request("after"))}
+        return {"before": before, "across": across, "after": await engine.generate(request("after"))}
     finally:
         await engine.close()
 

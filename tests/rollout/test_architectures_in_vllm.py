@@ -83,6 +83,9 @@ def test_published_weights_are_served(results: Path, name: str) -> None:
     said = np.load(folder / "said.npz")
     old, new = reference(folder / "old"), reference(folder / "new")
 
+    for ids, logprobs, versions in completions(said, "before"):
+        assert (versions == 0).all()
+        np.testing.assert_allclose(logprobs, old(ids), atol=TOLERANCE)
     for ids, logprobs, versions in completions(said, "after"):
         assert (versions == 1).all()
         np.testing.assert_allclose(logprobs, new(ids), atol=TOLERANCE)
