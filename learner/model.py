@@ -86,7 +86,7 @@ def load_causal_lm(model_path: str | Path) -> PreTrainedModel:
 
 
 def heed_softcap(causal_lm: PreTrainedModel) -> PreTrainedModel:
-    """SDPA of transformers 5.19 passes over the soft cap of attention scores (Gemma 2) without a word; vLLM does not."""
+    """transformers' SDPA (5.19) leaves out the soft cap of attention scores, Gemma 2's, without a word."""
     softcap = getattr(causal_lm.config, "attn_logit_softcapping", None)
     if softcap and causal_lm.config._attn_implementation == "sdpa":
         causal_lm.set_attn_implementation("eager")
