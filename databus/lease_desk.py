@@ -8,6 +8,7 @@ import numpy as np
 
 from databus.batches import Waiting
 from databus.codec import Frame, MalformedMessage
+from databus.dropped import NO_LOSS, DroppedInARow
 from databus.evaluation import is_evaluation
 from databus.groups import Group, decode_group
 from databus.history import CompletionHistory, encode_history, problem_key
@@ -46,7 +47,7 @@ class LeaseDesk:
         history = state.config.history
         self.history = None if history is None else CompletionHistory(history)
         self._reward_failures = 0
-        self._filtered = 0
+        self._dropped = DroppedInARow(state.config.max_filtered, state.config.batch_groups)
 
     # ------------------------------------------------------------ out
 
@@ -228,25 +229,18 @@ class LeaseDesk:
 
     def _keep_or_settle(self, waiting: Waiting) -> None:
         state = self._state
-        if not all(each.keep(waiting.group) for each in state.filters):
+        refusing = next((each for each in state.filters if not each.keep(waiting.group)), None)
+        if refusing is not None:
             state.ledger.settle(waiting.entry, "filtered")
-            self._count_filtered()
+            self._dropped.add(waiting.group, f"by {type(refusing).__name__}")
         elif waiting.group.loss_versions is None:  # requeuing it would only give the like again
             logger.info("group %s has no token that bears loss", waiting.entry.group_id)
             state.chronicle.stale(waiting.entry, requeued=False)
             state.ledger.settle(waiting.entry, "stale")
+            self._dropped.add(waiting.group, NO_LOSS)
         else:
-            self._filtered = 0
+            self._dropped.kept()
             state.queue.add(waiting)
-
-    def _count_filtered(self) -> None:
-        """Groups come in, so the run looks alive; but if none is ever kept, no batch will be cut."""
-        self._filtered += 1
-        if self._filtered >= self._state.config.max_filtered:
-            raise RunFailed(
-                f"{self._filtered} groups in a row were filtered out, none kept: there is nothing to train on "
-                "(scheduling.max_filtered; scheduling.drop_zero_variance drops groups whose rewards are all equal)"
-            )
 
     def _cancel_others(self, entry: Entry) -> None:
         """A late result came in: whoever works on another attempt may stop."""

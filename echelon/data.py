@@ -83,10 +83,10 @@ def check_lengths(key: str, token_ids: Sequence[Sequence[int]], context_tokens: 
 
 
 def check_vocabulary(key: str, token_ids: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raises: ValueError where the tokenizer knows tokens that the model does not."""
+    """Raises: ValueError where the tokenizer gives tokens that the model does not have."""
     largest = max(max(ids) for ids in token_ids)
     if largest >= vocab_size:
         raise ValueError(
-            f"{key}: a prompt has token {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
+            f"{key}: the tokenizer gives token {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
             "tokenizer and model do not belong together"
         )

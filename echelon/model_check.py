@@ -1,5 +1,6 @@
 """Is the model one that can be trained and served? Looks at its configuration and tokenizer, not at its weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ def check_model(config: RunConfig) -> int:
     text_config = model.get_text_config()
     _check_context(config, getattr(text_config, "max_position_embeddings", None), text_config)
     return text_config.vocab_size
+
+
+def check_end_tokens(model: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises: ValueError where the model can give none of them: every completion would run to the limit."""
+    if min(token_ids) >= vocab_size:
+        raise ValueError(
+            f"model={model}: its end token is {min(token_ids)}, but its vocabulary ends at {vocab_size - 1}: "
+            "tokenizer and model do not belong together"
+        )
 
 
 def check_devices(config: RunConfig) -> None:

@@ -91,12 +91,22 @@ def build_model(model_path: str | Path, options: ModelOptions) -> PolicyModel:
 
 def load_causal_lm(model_path: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation=attention)
+        return heed_softcap(
+            AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation=attention)
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ValueError(
             f"model {str(model_path)!r} cannot be loaded as a causal language model: {first_line}"
         ) from None
+
+
+def heed_softcap(causal_lm: PreTrainedModel) -> PreTrainedModel:
+    """transformers' SDPA (5.19) leaves out the soft cap of attention scores, Gemma 2's, without a word."""
+    softcap = getattr(causal_lm.config, "attn_logit_softcapping", None)
+    if softcap and causal_lm.config._attn_implementation == "sdpa":
+        causal_lm.set_attn_implementation("eager")
+    return causal_lm
 
 
 def shard(policy: PolicyModel, options: ModelOptions) -> PolicyModel:

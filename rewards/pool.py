@@ -1,7 +1,6 @@
 """Processes that score completions, each completion under its own deadline."""
 
 import asyncio
-import math
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as DeadlineExceeded
@@ -20,6 +19,8 @@ from rewards.sample import Sample
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 DEFAULT_PART = "reward"
+LARGEST = 3e38
+"""Rewards travel as float32: what is larger becomes infinite."""
 
 Parts = dict[str, float]
 
@@ -86,7 +87,7 @@ class RewardPool:
 def to_parts(value: Any) -> Parts:
     """What a reward function returned, as named finite floats.
 
-    Raises: ValueError for another type, an empty dict, or a number that is not finite.
+    Raises: ValueError for another type, an empty dict, or a part or sum that is not finite.
     """
     parts = value if isinstance(value, dict) else {DEFAULT_PART: value}
     if not parts:
@@ -95,8 +96,9 @@ def to_parts(value: Any) -> Parts:
         if not isinstance(name, str) or not isinstance(part, Real):
             got = f"{type(part).__name__} for part {name!r}" if isinstance(value, dict) else type(value).__name__
             raise ValueError(f"returned {got}; expected a number or a dict of name -> number")
-        if not math.isfinite(part):
-            raise ValueError(f"returned {part!r}; expected a finite number")
+    for each in (*parts.values(), sum(parts.values())):
+        if not abs(each) <= LARGEST:
+            raise ValueError(f"returned {value!r}; expected finite numbers, at most {LARGEST:g} in all")
     return {name: float(part) for name, part in parts.items()}
 
 

@@ -177,7 +177,7 @@ class SchedulingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass_threshold: a completion counts as passed when its reward is at least this.
     forgetting: what each new group of a problem leaves of the weight of earlier ones; 1 forgets nothing.
     drop_zero_variance: filter out groups whose rewards are all equal (DAPO's dynamic sampling, arXiv 2503.14476).
-    max_filtered: groups filtered out in a row, with none kept, that end the run.
+    max_filtered: groups in a row that are filtered out or have no token to train on, with none kept, that end the run.
     """
 
     mixing: bool = True

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from msgspec import Struct
 
 from databus.codec import Frame
@@ -42,7 +43,9 @@ class LeaseWork:
     history: HistoryReader = field(default_factory=HistoryReader)
 
     async def run(self, lease: Lease, generated: Callable[[], None], frames: Sequence[Frame] = ()) -> Outcome:
-        """`Completed`, `Failed`, or `Released` where the lease's time has run out. Raises: EngineDead.
+        """`Completed`, `Failed`, or `Released` where the lease's time has run out.
+
+        Raises: EngineDead, also for an engine that gives log-probabilities that are not finite.
 
         Args: generated: called when the engine has room again, scored or not. frames: the lease's, of its history.
         """
@@ -79,6 +82,7 @@ class LeaseWork:
         finally:
             generated()
         generated_at = time.monotonic()
+        check_logprobs(lease.group_id, completions)
         parts = await self.scorer.score(self._samples(lease, completions))
         return completed_message(
             lease.group_id,
@@ -101,3 +105,15 @@ class LeaseWork:
             )
             for completion in completions
         ]
+
+
+def check_logprobs(group_id: str, completions: Sequence[Completion]) -> None:
+    """Raises: EngineDead for one that is not finite: whatever the engine serves, it is not the policy."""
+    for completion in completions:
+        wrong = np.flatnonzero(~np.isfinite(completion.logprobs))
+        if len(wrong):
+            place = int(wrong[0])
+            raise EngineDead(
+                f"the engine gave the log-probability {completion.logprobs[place]} (token {place} of a completion of "
+                f"group {group_id}, version {completion.versions[place]}): its weights or its kernels are broken"
+            )

@@ -17,7 +17,7 @@ ROLE = "prepare"
 
 def prepare(folder: RunFolder) -> None:
     """Raises: ValueError, in one line, for the first thing that cannot work."""
-    from echelon.data import prompt_lines
+    from echelon.data import check_vocabulary, prompt_lines
     from echelon.hub import needs_hub, use_cache_if_offline
     from echelon.prompt_files import write_prompts
     from echelon.rows import load_rows
@@ -25,6 +25,7 @@ def prepare(folder: RunFolder) -> None:
     from echelon.validate import check_reasoning
     from rewards.resolve import load_reward
     from rollout.engine.end_tag import end_tag
+    from rollout.engine.end_tokens import end_token_ids
 
     config = folder.config()
     if needs_hub(config):
@@ -32,13 +33,16 @@ def prepare(folder: RunFolder) -> None:
     load_reward(config.reward.function, folder.path)
     load_advantage(config, folder.path)
 
-    from echelon.model_check import check_devices, check_model, load_tokenizer
+    from echelon.model_check import check_devices, check_end_tokens, check_model, load_tokenizer
 
     check_devices(config)
     vocab_size = check_model(config)
     tokenizer = load_tokenizer(config)
+    check_end_tokens(config.model, end_token_ids(config.model), vocab_size)
     if config.rollout.reasoning.thinking_tokens > 0:
-        check_reasoning(config, len(end_tag(tokenizer, config.rollout.reasoning.end)))
+        end = end_tag(tokenizer, config.rollout.reasoning.end)
+        check_vocabulary("rollout.reasoning.end", [end.token_ids], vocab_size)
+        check_reasoning(config, len(end))
     tokenizer.save_pretrained(folder.tokenizer)  # for those who show text and must stay light
     data = config.data
     sources = [("data.train", data.train, data.train_split, data.max_train, folder.train_prompts)]

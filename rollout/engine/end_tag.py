@@ -29,6 +29,10 @@ class EndTag:
         """Tokens that it has when it stands alone."""
         return len(self._token_ids)
 
+    @property
+    def token_ids(self) -> list[int]:
+        return self._token_ids.tolist()
+
     def find(self, token_ids: Array) -> int | None:
         """How many tokens there are up to the end of the first tag; None where there is none."""
         if len(self) == 1:

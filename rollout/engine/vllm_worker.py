@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import torch
 from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+from vllm.platforms import current_platform
 from vllm.v1.engine.core import EngineCoreProc
 
 from databus.messages import Manifest
@@ -108,6 +109,8 @@ class SnapshotLoader:
         """
         self.model_runner.reload_weights(weights_iterator=tensors(*source) if source else None)
         _repack_kept_weights(self.model_runner.get_model())
+        if current_platform.is_cpu():
+            _pack_experts(self.model_runner.get_model())
 
 
 def _repack_kept_weights(model: torch.nn.Module) -> None:
@@ -121,6 +124,17 @@ def _repack_kept_weights(model: torch.nn.Module) -> None:
         weight = getattr(layer, "weight", None)
         if hasattr(layer, "cpu_linear") and weight is not None and weight.ndim == 2 and weight.numel():
             layer.quant_method.process_weights_after_loading(layer)
+
+
+def _pack_experts(model: torch.nn.Module) -> None:
+    """vLLM 0.32.0 on the CPU packs a mixture's experts when its kernel is made, and leaves reloaded ones as they came.
+
+    The kernel takes them for packed ones, and without an error says something else.
+    """
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 def _put_layers_back(model: torch.nn.Module) -> None:

@@ -139,7 +139,27 @@ def test_a_run_in_which_every_group_is_filtered_ends(address: str) -> None:
     worker.close("done")
     running.join()
     assert isinstance(running.failure, RunFailed)
-    assert str(running.failure).startswith("5 groups in a row were filtered out, none kept")
+    assert str(running.failure).startswith(
+        "5 groups in a row (2.5 batches) were dropped, none kept: 5 by Nothing; rewards were 0 to 1, at most 1 apart"
+    )
+
+
+def test_a_run_of_empty_completions_ends(address: str) -> None:
+    """They bear no loss: each group is settled at once, and no batch would ever be cut."""
+    running = RunningBroker(broker_config(address, max_filtered=3, steps=1))
+    worker = connect(address, "w", "worker", max_sequences=8)
+    for total in range(1, 4):
+        worker.send(Credits(total=total))
+        lease = receive(worker, Lease)
+        send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[], []], rewards=[0.5, 0.5]))
+    stop = receive(worker, Stop)
+    assert not stop.ok
+    assert stop.reason.startswith(
+        "3 groups in a row (1.5 batches) were dropped, none kept: 3 having no token that bears loss; rewards were "
+        "0.5 to 0.5, at most 0 apart within a group"
+    )
+    worker.close("done")
+    running.join()
 
 
 def test_a_group_that_is_kept_starts_the_count_anew(address: str) -> None:

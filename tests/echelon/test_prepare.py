@@ -172,7 +172,30 @@ def test_model_without_tokenizer(tmp_path: Path, tiny_model: Path, train: Path) 
 
 def test_tokenizer_of_another_model(tmp_path: Path, tiny_model: Path, train: Path) -> None:
     model = edited_model(tmp_path, tiny_model, vocab_size=10)
-    assert "do not belong together" in error(tmp_path, model, train)
+    assert error(tmp_path, model, train) == (
+        "data.train: the tokenizer gives token 14, but the model's vocabulary ends at 9: tokenizer and model do not "
+        "belong together"
+    )
+
+
+def test_end_token_that_the_model_cannot_give(tmp_path: Path, tiny_model: Path, train: Path) -> None:
+    model = edited_model(tmp_path, tiny_model, eos_token_id=40)
+    (model / "generation_config.json").unlink()
+    prepare(make_folder(tmp_path, model, train))  # the tokenizer's own is within its vocabulary
+    for file in model.glob("tokenizer*"):
+        file.write_text(file.read_text().replace("<eos>", "<end>"))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps(json.loads((model / "tokenizer_config.json").read_text()) | {"eos_token": None})
+    )
+    shutil.rmtree(tmp_path / "run")
+    assert f"model={model}: its end token is 40, but its vocabulary ends at 31" in error(tmp_path, model, train)
+
+
+def test_end_of_thinking_that_the_model_cannot_read(tmp_path: Path, tiny_model: Path) -> None:
+    train = write_rows(tmp_path / "digits.jsonl", [{"question": "12"}])
+    model = edited_model(tmp_path, tiny_model, vocab_size=14)
+    budgets = ("rollout.reasoning.thinking_tokens=4", "rollout.reasoning.solution_tokens=4", "rollout.reasoning.end=##")
+    assert error(tmp_path, model, train, *budgets).startswith("rollout.reasoning.end: the tokenizer gives token 16")
 
 
 def test_reward_that_is_not_there(tmp_path: Path, tiny_model: Path, train: Path) -> None:

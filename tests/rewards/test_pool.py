@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -60,7 +61,7 @@ def test_pool_survives_everything(tmp_path: Path) -> None:
                 ("raise", r"^reward 'mine.py:reward' failed: KeyError: 'no such\\nkey' \(.*mine.py:7\)$"),
                 ("exit", "SystemExit: 3"),
                 ("die", r"ended its process \(exit code 7\)"),
-                ("nan", "returned nan; expected a finite number"),
+                ("nan", "returned nan; expected finite numbers"),
                 ("text", "returned str; expected a number or a dict"),
             ]:
                 with pytest.raises(RewardError, match=says):
@@ -152,7 +153,17 @@ def test_parts(value: object, parts: dict[str, float]) -> None:
     assert to_parts(value) == parts
 
 
-@pytest.mark.parametrize("value", [None, {}, {"a": None}, {1: 2.0}, float("inf"), {"a": float("nan")}, [1.0], 1j])
+@pytest.mark.parametrize("value", [None, {}, {"a": None}, {1: 2.0}, [1.0], 1j])
 def test_not_parts(value: object) -> None:
     with pytest.raises(ValueError, match="returned"):
         to_parts(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("inf"), float("nan"), {"a": float("nan")}, {"a": 1.0, "b": -float("inf")}, 1e39, {"a": 2e38, "b": 2e38}],
+)
+def test_neither_a_reward_nor_their_sum_may_be_infinite_on_the_bus(value: object) -> None:
+    with pytest.raises(ValueError, match=r"returned .*; expected finite numbers, at most 3e\+38 in all"):
+        to_parts(value)
+    assert np.isfinite(np.float32(sum(to_parts({"a": 1.5e38, "b": 1.5e38}).values())))

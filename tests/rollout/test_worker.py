@@ -99,6 +99,10 @@ class FakeEngine:
         self.updating = asyncio.Event()
         self.finish_update = asyncio.Event()
         self.finish_update.set()
+        self.logprobs_of: dict[str, tuple[float, float]] = {
+            "not a number": (-1, np.nan),
+            "certainly not": (-np.inf, -1),
+        }
 
     async def start(self) -> None: ...
 
@@ -119,7 +123,8 @@ class FakeEngine:
             raise EngineDead("the engine has died")
         tokens = np.array([65, 66, 2], np.int32)
         versions = np.full(3, self.version, np.int32)
-        one = Completion(token_ids=tokens, logprobs=-np.ones(3, np.float32), versions=versions, truncated=False)
+        logprobs = np.array([-1, *self.logprobs_of.get(request.group_id, (-1, -1))], np.float32)
+        one = Completion(token_ids=tokens, logprobs=logprobs, versions=versions, truncated=False)
         return [one] * request.group_size
 
     async def update(self, snapshot: Snapshot) -> UpdateReport:
@@ -425,6 +430,24 @@ def test_what_breaks_ends_the_worker(break_it: Callable[[Setting], None], error:
         break_it(setting)
         with pytest.raises(error):
             await asyncio.wait_for(setting.running, 5)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("group_id", "said"), [("not a number", "nan (token 2"), ("certainly not", "-inf (token 1")])
+def test_an_engine_that_gives_no_numbers_ends_the_worker(group_id: str, said: str) -> None:
+    """It would give the next group the same; leasing that again would go on for ever."""
+
+    async def scenario(setting: Setting) -> None:
+        setting.bus.say(lease(group_id))
+        with pytest.raises(EngineDead) as caught:
+            await asyncio.wait_for(setting.running, 5)
+        assert str(caught.value) == (
+            f"the engine gave the log-probability {said} of a completion of group {group_id}, version 0): "
+            "its weights or its kernels are broken"
+        )
+        assert not setting.bus.all(Completed)
+        assert not setting.scorer.samples, "what is not sampled from the policy is not scored either"
 
     run(scenario)
 
