@@ -240,7 +240,9 @@ class VllmEngine:
             raise UpdateFailed(f"version {snapshot.version} refused: {refused}")
         try:
             mismatch = await self._gate.admit(snapshot.version, snapshot.manifest.probe)
-        except UpdateFailed:
+        except EngineDead:
+            raise
+        except BaseException:  # an update that is cancelled must not leave weights that nobody let pass
             await self._call(self._llm.collective_rpc("echelon_settle", args=(False,)))
             raise
         await self._call(self._llm.collective_rpc("echelon_settle", args=(True,)))
