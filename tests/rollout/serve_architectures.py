@@ -27,9 +27,9 @@ from rollout.engine.base import Completion, GenerateRequest
 from rollout.engine.vllm_engine import VllmEngine
 from rollout.weights_in import pull_snapshot
 
-CONFIG = RolloutConfig(context_tokens=64, max_sequences=16)
+CONFIG = RolloutConfig(context_tokens=26, max_sequences=16)
 PROMPT = (6, 13, 8, 14, 9, 5, 13, 7, 14, 3)  # with the answer, longer than any window
-GROUP = 8
+GROUP = 6
 LANES = 2
 JOB_TIMEOUT_S = 90.0
 MODEL_MODULES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "qwen3_moe")

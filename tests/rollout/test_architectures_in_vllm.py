@@ -89,7 +89,7 @@ def test_published_weights_are_served(results: Path, name: str) -> None:
     for ids, logprobs, versions in completions(said, "after"):
         assert (versions == 1).all()
         np.testing.assert_allclose(logprobs, new(ids), atol=TOLERANCE)
-        assert np.abs(logprobs - old(ids)).max() > 100 * TOLERANCE
+    assert max(np.abs(logprobs - old(ids)).max() for ids, logprobs, _ in completions(said, "after")) > 1000 * TOLERANCE
     mixed = 0
     for ids, logprobs, versions in completions(said, "across"):
         first = versions == versions[0]
