@@ -30,6 +30,8 @@ policy version that sampled each of the T tokens; rewards [G]; reward_parts [G, 
 completion ended for want of room, not with an end token.
 """
 
+NO_BITS = np.zeros(0, np.uint8)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -82,8 +84,10 @@ class Group:
 
 
 def encode_group(group: Group) -> tuple[tuple[Column, ...], list[Frame]]:
-    """A group for the wire and the journal: its columns, the loss mask as bits, lowest first."""
-    return encode_columns(group.columns() | {"loss_mask": np.packbits(group.loss_mask, bitorder="little")})
+    """A group for the wire and the journal: its columns, the loss mask as bits, lowest first, none if all are set."""
+    mask = group.loss_mask
+    bits = NO_BITS if mask.all() else np.packbits(mask, bitorder="little")
+    return encode_columns(group.columns() | {"loss_mask": bits})
 
 
 def decode_group(columns: Sequence[Column], frames: Sequence[Frame]) -> Group:
@@ -97,6 +101,8 @@ def decode_group(columns: Sequence[Column], frames: Sequence[Frame]) -> Group:
 
 def _unpacked(bits: Array, count: int) -> Array:
     """uint8 [count] of 0 and 1. Raises: MalformedMessage for another number of bits, or one beyond them that is set."""
+    if not len(bits):
+        return np.ones(count, np.uint8)
     if len(bits) != -(-count // 8) or (count % 8 and bits[-1] >> count % 8):
         raise MalformedMessage(f"column 'loss_mask' is not {count} bits")
     return np.unpackbits(bits, count=count, bitorder="little")
