@@ -2,7 +2,7 @@
 
     python benchmarks/bench_checkpoint.py --json benchmarks/results/bench_checkpoint.json
 
-One rank trains a model of about 60 million parameters, built from a configuration, on random tokens, and saves masters
+One rank trains a model of 52 million parameters, built from a configuration, on random tokens, and saves masters
 and AdamW moments on a disk, synchronously and asynchronously in turn, and, asynchronously, in shared memory. Held up is
 from the end of a step to the beginning of the next; what the writing takes from the steps beside it shows in their time
 beside that of steps alone.
@@ -148,7 +148,7 @@ def main() -> None:
         args.json,
         question=(__doc__ or "").splitlines()[0],
         figures=figures | {f"median_{name}": value for name, value in medians.items()},
-        peers={"synchronous, as often": medians["sync_held_ms"] / medians["async_held_ms"]},
+        peers={"synchronous, times as long": medians["sync_held_ms"] / medians["async_held_ms"]},
         bars=[Bar("async held up, of sync", medians["async_held_ms"] / medians["sync_held_ms"], 0.25, "at most")],
         device=hardware(),
     )

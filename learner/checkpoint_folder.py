@@ -52,10 +52,12 @@ class DamagedCheckpoint(ValueError):
         self.what = what
 
     def advised(self) -> str:
-        """One line that says, too, what a user can do about it."""
+        """One line that says, too, what a user can do. Where this is the only one, the first batches may be gone."""
         before = [path for path in list_checkpoints(self.checkpoint.parent) if step_of(path) < step_of(self.checkpoint)]
-        where = before[-1].name if before else "the beginning"
-        return f"{self}; remove that folder to go on from {where}"
+        what = (
+            f"remove that folder to go on from {before[-1].name}" if before else "there is none before it to go on from"
+        )
+        return f"{self}; {what}"
 
 
 def checkpoint_path(checkpoints_dir: Path, step: int) -> Path:

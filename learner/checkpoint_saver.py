@@ -28,7 +28,9 @@ class CheckpointSaver:
         self._keep_best = keep_best
         self._background = background
         # Of its own: what a save says between ranks must not mix with what a step says.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+        self._group = group
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy = HostCopy()
         self._writing: Future[None] | None = None

@@ -224,7 +224,7 @@ def test_what_to_do_about_a_damaged_one(saved: tuple[Path, PolicyModel, Any], ti
     flip_a_byte(path)
     with pytest.raises(DamagedCheckpoint) as raised:
         load_checkpoint(path, *fresh(tiny_model))
-    assert raised.value.advised().endswith("to go on from the beginning")
+    assert raised.value.advised().endswith("have changed; there is none before it to go on from")
 
 
 def evaluated(folder: Path, step: int, accuracies: dict[int, float | None], keep_best: int = 1) -> tuple[list, list]:
