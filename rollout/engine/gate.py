@@ -32,7 +32,7 @@ def mismatch_of(probe: Probe, scored: Sequence[Array]) -> Mismatch:
         raise ValueError("the probe and its log-probabilities differ in length")
     log_ratio = np.concatenate(probe.logprobs).astype(np.float64) - np.concatenate(scored)
     with np.errstate(over="ignore", invalid="ignore"):
-        kl, difference = np.mean(np.expm1(log_ratio) - log_ratio), np.abs(log_ratio).max()
+        kl, difference = float(np.mean(np.expm1(log_ratio) - log_ratio)), float(np.abs(log_ratio).max())
     return Mismatch(kl=_finite(kl), difference=_finite(difference))
 
 
