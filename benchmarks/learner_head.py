@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from learner.logprobs import token_logprobs
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 384
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
