@@ -8,7 +8,7 @@ from test_checkpoint import state_of, whole
 from torch import Tensor, nn
 from torch.optim import Muon
 
-from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.checkpoint import load_checkpoint, state_tensors, write_checkpoint
 from learner.config import LearnerConfig
 from learner.model import ModelOptions, PolicyModel, build_model, hidden_matrices
 from learner.muon import MuonWithAdamW, ShardedMuon
@@ -67,7 +67,7 @@ def test_resumed_run_goes_on_to_the_last_bit(single_rank: None, tiny_model: Path
     policy, train_step, optimizer, _ = build(tiny_model, CONFIG)
     for step in range(2):
         train_step(make_groups(step), step)
-    path = save_checkpoint(tmp_path, state_of(2), policy.causal_lm, optimizer, keep=2)
+    path = write_checkpoint(tmp_path, state_of(2), state_tensors(policy.causal_lm, optimizer), keep=2)
     other, resumed, other_optimizer, scheduler = build(tiny_model, CONFIG)
     load_checkpoint(path, other.causal_lm, other_optimizer)
     resume_schedule(scheduler, 2)
