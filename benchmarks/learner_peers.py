@@ -109,7 +109,8 @@ def train_with_trl(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from trl import GRPOConfig, GRPOTrainer
+        from trl.trainer.grpo_config import GRPOConfig
+        from trl.trainer.grpo_trainer import GRPOTrainer
     clock = Clock(between)
 
     class Trainer(GRPOTrainer):

@@ -19,7 +19,7 @@ class ShardedMuon(Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -72,7 +72,7 @@ class MuonWithAdamW(Optimizer):
         super().__init__([group for part in self._parts for group in part.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for part, group in zip(self._parts, self.param_groups, strict=True):
             # Looked up each time: loading a state dict exchanges groups and state.
             part.param_groups, part.state = [group], self.state

@@ -43,8 +43,8 @@ def test_packed_equals_unpacked_transformers(gradient_checkpointing: bool, singl
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler's own, looking at hidden states
 def test_compiled_equals_eager(single_rank: None, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph and its gradient are run as they were captured: to make C++ of them takes minutes."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    """The graph is run as it was captured: to make C++ of it takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     (microbatch,) = plan_microbatches(make_sequences(), 0, 1, 90)
     compiled, eager = (build_model(tiny_model, ModelOptions(compile=compile)) for compile in (True, False))
     ours, theirs = (forward(policy, microbatch)[0] for policy in (compiled, eager))
