@@ -70,7 +70,6 @@ class CheckpointSaver:
             logger.exception("the last checkpoint failed")
 
     def _write(self, state: TrainerState, tensors: dict[str, Any]) -> None:
-        assert isinstance(self._group, dist.ProcessGroup)  # every rank is in it
         path = write_checkpoint(
             self._checkpoints_dir, state, tensors, self._keep, keep_best=self._keep_best, group=self._group
         )
