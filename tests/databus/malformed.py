@@ -197,7 +197,7 @@ class Malformed:
         return encode_header(self._random.choice(VALID))
 
     def _group(self, changes: dict[str, np.generic] | None = None) -> Frames:
-        encoded = encode_group(make_group([1, 2], [[0, 0, 0], [0, 0]]))
+        encoded = encode_group(make_group([1, 2], [[0, 0, 0], [0, 0]], loss_mask=[1, 1, 1, 1, 0]))
         arrays = {name: array.copy() for name, array in decode_columns(*encoded).items()}
         for name, value in (changes or {}).items():
             arrays[name].flat[0] = value
