@@ -15,12 +15,6 @@ from learner.run import build_train_step, process_group
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(autouse=True)
-def needs_cuda() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU")
-
-
 def weights_after_a_step(model: Path, folder: Path, **settings: Any) -> tuple[dict[str, Tensor], set[str]]:
     """Whole weights, in host memory, and the devices of masters and optimizer state."""
     config = LearnerConfig(device="cuda", lr=1e-3, **settings)

@@ -36,14 +36,6 @@ def recipe():
 """
 
 
-@pytest.fixture(autouse=True)
-def needs_cuda() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU")
-
-
 @pytest.mark.parametrize(
     ("engine", "dtype", "kl"), [("small", "float32", 1e-4), ("vllm", "float32", 1e-4), ("vllm", "bfloat16", 5e-3)]
 )
