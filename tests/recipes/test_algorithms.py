@@ -1,6 +1,7 @@
 """The settings of `benchmarks/algorithms.py`: a run takes them, and the guide says the same."""
 
 import importlib.util
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,11 @@ def algorithms() -> dict[str, tuple[str, ...]]:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_run_takes_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("echelon.validate.check_machine", lambda config: None)
-    load_recipe(ROOT / "recipes" / "grpo_chain_sum.py", algorithms()[name])
+    config = load_recipe(ROOT / "recipes" / "grpo_chain_sum.py", algorithms()[name]).config
+    for override in algorithms()[name]:
+        setting, _, value = override.partition("=")
+        taken = attrgetter(setting)(config)
+        assert taken == (type(taken)(value) if type(taken) in (int, float, str) else value == "true"), override
 
 
 @pytest.mark.parametrize("name", ROWS)
