@@ -7,7 +7,9 @@ learner (FSDP2, one rank), by TRL's GRPOTrainer and by a plain loop over padded 
 same completions, same loss (token mean), same optimizer and fp32, in one process, step by step in turn. TRL's own
 training loop runs as it is, without gradient checkpointing (a default that costs time); only its generation is
 replaced, and the time of that, of its scoring and of its padding is left out. Ours has everything from groups to the
-updated weights in it. A token is a prompt's or a completion's, never padding.
+updated weights in it. A token is a prompt's or a completion's, never padding. What explains most of the difference is
+written down beside it: through how many positions, padding included, each learner puts its model. TRL pads all
+completions of a batch to the longest of all; the padded loop to the longest of four.
 
 Head: log-probabilities and entropy from hidden states, forward and backward, at the vocabulary of Qwen2.5-0.5B and its
 hidden size, against full logits; peak resident memory beyond hidden states and weight, gradients included.
@@ -22,7 +24,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from common import Bar, hardware, write_result
 from learner_batch import long_tailed_lengths, make_groups, num_inputs, write_model
 from learner_head import HEADS, inputs, measure
 from learner_peers import PaddedLoop, train_with_trl
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from databus.groups import Group
 from learner.config import LearnerConfig, LossConfig
@@ -46,6 +51,7 @@ SIZES = (1, 4, 16, 64)
 HEAD_TOKENS, HEAD_HIDDEN, HEAD_VOCABULARY = 4096, 896, 151_936
 CONFIG = LearnerConfig(lr=1e-5, loss=LossConfig(proximal="sampled", correction="none"))
 MIB = 1 << 20
+TRL = "TRL GRPOTrainer"
 
 
 def ours(model: Path) -> Callable[[list[Group]], object]:
@@ -60,6 +66,27 @@ def seconds_of(step: Callable[[list[Group]], object], groups: list[Group]) -> fl
     return time.perf_counter() - start
 
 
+@contextmanager
+def counted_positions() -> Iterator[Callable[[], int]]:
+    """Inside, the result says how many positions have been embedded, padding included, since it was asked last."""
+    embedded = 0
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        nonlocal embedded
+        embedded += inputs[0].numel() if isinstance(module, nn.Embedding) else 0
+
+    def since_last() -> int:
+        nonlocal embedded
+        count, embedded = embedded, 0
+        return count
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        yield since_last
+    finally:
+        hook.remove()
+
+
 def against_peers(folder: Path, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what was trained, tokens/s of each learner)."""
     num_parameters = write_model(folder / "model", **MODEL)
@@ -67,16 +94,25 @@ def against_peers(folder: Path, repeats: int) -> tuple[dict[str, Any], dict[str,
     groups = make_groups(lengths, group_size=GROUP_SIZE, prompt_tokens=PROMPT_TOKENS, vocabulary=MODEL["vocabulary"])
     steps = {"echelon": ours(folder / "model"), "padded loop": PaddedLoop(folder / "model", CONFIG).step}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    positions: dict[str, int] = {}
 
-    def one_each() -> None:
-        for name, step in steps.items():
-            seconds[name].append(seconds_of(step, groups))
-            print(f"{name}: {num_inputs(groups) / seconds[name][-1]:,.0f} tokens/s", flush=True)
+    with counted_positions() as since_last:
 
-    of_trl = train_with_trl(folder / "model", folder / "trl", groups, CONFIG, repeats + 1, one_each)
-    seconds["TRL GRPOTrainer"] = of_trl
+        def one_each() -> None:
+            positions[TRL] = since_last()
+            for name, step in steps.items():
+                seconds[name].append(seconds_of(step, groups))
+                positions[name] = since_last()
+                print(f"{name}: {num_inputs(groups) / seconds[name][-1]:,.0f} tokens/s", flush=True)
+
+        seconds[TRL] = train_with_trl(folder / "model", folder / "trl", groups, CONFIG, repeats + 1, one_each)
     rates = {name: [num_inputs(groups) / each for each in values[1:]] for name, values in seconds.items()}
-    batch = {"parameters": num_parameters, "tokens": num_inputs(groups), "completion_lengths": sorted(lengths.tolist())}
+    batch = {
+        "parameters": num_parameters,
+        "tokens": num_inputs(groups),
+        "completion_lengths": sorted(lengths.tolist()),
+        "positions": positions,
+    }
     return batch, {name: spread(values) for name, values in rates.items()}
 
 
@@ -127,7 +163,7 @@ def bars(rates: dict[str, Any], heads: dict[str, Any], linear: dict[str, Any]) -
     head_speed = full["seconds"]["median"] / own["seconds"]["median"]
     costs = [values["median"] for values in linear.values()]
     growth = max(later / min(costs[:size]) for size, later in enumerate(costs) if size > 0)
-    speedup = rates["echelon"]["median"] / rates["TRL GRPOTrainer"]["median"]
+    speedup = rates["echelon"]["median"] / rates[TRL]["median"]
     return [
         Bar("trained tokens/s over TRL's", speedup, 2, "at least"),
         Bar("peak memory of the head over full logits'", own["peak_mib"] / full["peak_mib"], 1 / 8, "at most"),
