@@ -102,10 +102,22 @@ def decode_group(columns: Sequence[Column], frames: Sequence[Frame]) -> Group:
 def _unpacked(bits: Array, count: int) -> Array:
     """uint8 [count] of 0 and 1. Raises: MalformedMessage for another number of bits, or one beyond them that is set."""
     if not len(bits):
-        return np.ones(count, np.uint8)
+        return _ones(count)
     if len(bits) != -(-count // 8) or (count % 8 and bits[-1] >> count % 8):
         raise MalformedMessage(f"column 'loss_mask' is not {count} bits")
     return np.unpackbits(bits, count=count, bitorder="little")
+
+
+def _ones(count: int) -> Array:
+    """uint8 [count] of 1, a view of what all such masks share; not to be written to."""
+    global _shared_ones
+    if count > len(_shared_ones):
+        _shared_ones = np.ones(2 * count, np.uint8)
+        _shared_ones.flags.writeable = False
+    return _shared_ones[:count]
+
+
+_shared_ones = np.ones(0, np.uint8)
 
 
 def run_lengths(values: Array) -> tuple[Array, Array]:

@@ -4,8 +4,6 @@ import logging
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
 from databus.batches import Waiting
 from databus.codec import Frame, MalformedMessage
 from databus.dropped import NO_LOSS, DroppedInARow
@@ -358,7 +356,7 @@ def check_against_lease(group: Group, prompt: Prompt, group_size: int, max_token
     """Raises: MalformedMessage if the group is not an answer to that lease."""
     if group.size != group_size:
         raise MalformedMessage(f"{group.size} completions, {group_size} were leased")
-    if not np.array_equal(group.prompt_ids, np.array(prompt.prompt_ids, np.int32)):
+    if tuple(group.prompt_ids.tolist()) != tuple(prompt.prompt_ids):
         raise MalformedMessage("the group has another prompt than its lease")
     longest = int(group.lengths.max())
     if longest > max_tokens:

@@ -150,7 +150,8 @@ class BrokerSocket:
     def answer(self, route: bytes, message: msgspec.Struct, frames: Sequence[Frame] = ()) -> bool:
         """Send to whoever is behind a route, seated or not. False if nobody is, or takes nothing any more."""
         try:
-            self._socket.send_multipart([route, encode_header(message), *frames], flags=zmq.DONTWAIT, copy=False)
+            parts = [route, encode_header(message), *map(_as_received, frames)]
+            self._socket.send_multipart(parts, flags=zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
@@ -164,6 +165,13 @@ class BrokerSocket:
         if self._doorkeeper is not None:
             self._doorkeeper.close()
         self._context.term()
+
+
+def _as_received(frame: Frame) -> Frame | zmq.Frame:
+    """The message that a frame is all of, if it came from a socket: libzmq counts who still needs it, whereas for other
+    memory pyzmq has a thread of Python's that wakes up for each frame that has left."""
+    whole = frame.obj if isinstance(frame, memoryview) else None
+    return whole if isinstance(whole, zmq.Frame) and len(whole) == frame.nbytes else frame
 
 
 def _keep_for_owner(address: str) -> None:
