@@ -16,6 +16,7 @@ from databus.codec import decode_header, encode_header
 from databus.groups import Group, encode_group
 from databus.messages import (
     Batch,
+    BatchFrames,
     BatchRequest,
     Completed,
     Credits,
@@ -116,13 +117,18 @@ class LeanLearner:
         self._socket.send(encode_header(Hello(role="learner", name="learner")))
         self.batch_times: list[float] = []
         self.batch_bytes = 0
+        self._frames_id = 0
         self.has_ended = False
 
     def take(self, frames: Sequence[zmq.Frame]) -> None:
         match decode_header(frames[0].buffer, self._decoder):
-            case Batch(step=step):
-                self.batch_times.append(time.perf_counter())
+            case BatchFrames(id=frames_id):
+                self._frames_id = frames_id
                 self.batch_bytes += sum(len(frame) for frame in frames)
+            case Batch(step=step, frames_id=frames_id):
+                if frames_id != self._frames_id:
+                    raise RuntimeError(f"batch {step} came without its frames")
+                self.batch_times.append(time.perf_counter())
                 self._publish(step + 1)
                 self._send(StepDone(step=step, metrics={}))
                 self._send(BatchRequest(step=step + 1))

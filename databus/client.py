@@ -22,6 +22,9 @@ from databus.codec import Frame, MalformedMessage, decode_header, encode_header
 from databus.errors import BusError, BusLost, BusRefused, BusTimeout
 from databus.keys import ClientKeys
 from databus.messages import (
+    Batch,
+    BatchFrames,
+    BatchRequest,
     Goodbye,
     Heartbeat,
     HeartbeatReply,
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5.0
 HELLO_AGAIN_S = 1.0
 OBSERVER_LINGER_MS = 200
+NOTHING_AHEAD: tuple[int, Sequence[Frame]] = (0, ())
 FROM_BROKER: dict[str, Any] = {"worker": ToWorker, "learner": ToLearner, "observer": ToObserver}
 
 
@@ -81,6 +85,7 @@ class BusClient:
         self._thread = threading.Thread(target=self._work, name=f"bus-{hello.name}", daemon=True)
         self._stopping = False
         self._welcomed = False
+        self._ahead: tuple[int, Sequence[Frame]] = NOTHING_AHEAD
         self._failure: BusError | None = None
         self._notify: Callable[[], object] | None = None
 
@@ -229,7 +234,21 @@ class BusClient:
             self._put(Arrived(message, ()))
             self._send_all(socket, beat)
             return
-        self._put(Arrived(message, frames[1:]))
+        if isinstance(message, BatchFrames):
+            self._ahead = (message.id, frames[1:])
+        elif isinstance(message, Batch) and message.frames_id:
+            self._take_batch(message, socket)
+        else:
+            self._put(Arrived(message, frames[1:]))
+
+    def _take_batch(self, batch: Batch, socket: zmq.Socket) -> None:
+        """One whose frames came before; if they did not, they were on a connection that is gone: ask for all of it."""
+        (frames_id, frames), self._ahead = self._ahead, NOTHING_AHEAD
+        if frames_id == batch.frames_id:
+            self._put(Arrived(batch, frames))
+            return
+        with contextlib.suppress(zmq.Again):
+            socket.send(encode_header(BatchRequest(step=batch.step)), zmq.DONTWAIT)
 
     def _put(self, item: "Arrived | BusError") -> None:
         self._inbox.put(item)

@@ -28,6 +28,10 @@ class Outbox:
         self.then(partial(self._socket.send, peer, message, frames))
         return True
 
+    def send_ahead(self, peer: str, message: Struct, frames: Sequence[Frame]) -> bool:
+        """At once: what means nothing until a message that waits here refers to it."""
+        return self._socket.send(peer, message, frames)
+
     def then(self, action: Callable[[], object]) -> None:
         self._gathered.append(action)
 
