@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -30,6 +30,7 @@ from databus.messages import (
     HeartbeatReply,
     Hello,
     Refused,
+    Several,
     ToLearner,
     ToObserver,
     ToWorker,
@@ -51,6 +52,17 @@ class Arrived(NamedTuple):
 
     message: Any
     frames: Sequence[Frame]
+
+
+def apart(several: Several, frames: Sequence[Frame]) -> Iterator[Arrived]:
+    """Each message with the frames that are its own. Raises: MalformedMessage where there are more or fewer."""
+    counts = several.num_frames
+    if len(counts) != len(several.messages) or min(counts, default=0) < 0 or sum(counts) != len(frames):
+        raise MalformedMessage(f"{len(several.messages)} messages with {counts} frames each, {len(frames)} received")
+    start = 0
+    for message, num_frames in zip(several.messages, counts, strict=True):
+        yield Arrived(message, frames[start : start + num_frames])
+        start += num_frames
 
 
 class BusClient:
@@ -217,6 +229,7 @@ class BusClient:
     def _take(self, frames: Sequence[Frame], beat: "_Beat", socket: zmq.Socket) -> None:
         try:
             message = decode_header(frames[0], self._decoder)
+            together = list(apart(message, frames[1:])) if isinstance(message, Several) else []
         except MalformedMessage as error:
             logger.warning("the broker sent something malformed: %s", error)
             return
@@ -238,6 +251,9 @@ class BusClient:
             self._ahead = (message.id, frames[1:])
         elif isinstance(message, Batch) and message.frames_id:
             self._take_batch(message, socket)
+        elif isinstance(message, Several):
+            for each in together:
+                self._put(each)
         else:
             self._put(Arrived(message, frames[1:]))
 

@@ -302,6 +302,17 @@ class VersionAnnounced(Struct, frozen=True, kw_only=True, tag=True):
     num_bytes: int
 
 
+OneToWorker = Lease | Cancel | Ack | VersionAnnounced | Drain
+
+
+class Several(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> worker: what it has to say at one time, in its order. num_frames: how many of the frames that follow
+    belong to each."""
+
+    messages: tuple[OneToWorker, ...]
+    num_frames: tuple[int, ...]
+
+
 # ---------------------------------------------------------------- broker -> learner
 
 
@@ -466,7 +477,7 @@ FromLearner = BatchRequest | StepDone | VersionPublished | PositionRequest
 ToBroker = PeerHello | FromWorker | FromLearner | StatusRequest
 
 ToAnyPeer = Welcome | Refused | HeartbeatReply | Stop
-ToWorker = ToAnyPeer | Lease | Cancel | Ack | VersionAnnounced | Drain
+ToWorker = ToAnyPeer | OneToWorker | Several
 ToLearner = ToAnyPeer | BatchFrames | Batch | Position
 ToObserver = ToAnyPeer | Status
 

@@ -18,9 +18,12 @@ from databus.address import check_address
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
 from databus.curve import Doorkeeper, role_of, use_client_keys, use_server_keys
 from databus.keys import ClientKeys, ServerKeys
-from databus.messages import Hello, Role, ToBroker
+from databus.messages import Hello, OneToWorker, Role, Several, ToBroker
 
 logger = logging.getLogger(__name__)
+
+Said = tuple[msgspec.Struct, Sequence[Frame]]
+"""A message and its column frames."""
 
 MAX_FRAMES = 4096
 MAX_NAME_BYTES = 200
@@ -146,6 +149,23 @@ class BrokerSocket:
         """False if the peer has no seat, is gone, or takes nothing any more."""
         route = self._routes.get(peer)
         return route is not None and self.answer(route, message, frames)
+
+    def send_all(self, peer: str, all_said: Sequence[Said]) -> None:
+        """As `send` each of them, in their order; those to a worker as one message, which costs what a single one does."""
+        together: list[Said] = []
+        for message, frames in all_said:
+            if isinstance(message, OneToWorker):
+                together.append((message, frames))
+            else:
+                self.send(peer, message, frames)
+        if len(together) == 1:
+            self.send(peer, *together[0])
+        elif together:
+            several = Several(
+                messages=tuple(message for message, _ in together),
+                num_frames=tuple(len(frames) for _, frames in together),
+            )
+            self.send(peer, several, [frame for _, frames in together for frame in frames])
 
     def answer(self, route: bytes, message: msgspec.Struct, frames: Sequence[Frame] = ()) -> bool:
         """Send to whoever is behind a route, seated or not. False if nobody is, or takes nothing any more."""
