@@ -105,7 +105,7 @@ def _length_metrics(batch: CutBatch) -> dict[str, float]:
     lengths = np.concatenate([item.group.lengths for item in batch.groups])
     truncated = np.concatenate([item.group.truncated for item in batch.groups])
     tokens = sum(item.group.num_tokens for item in batch.groups)
-    loss_tokens = int(np.concatenate([item.group.loss_tokens[1] for item in batch.groups]).sum())
+    loss_tokens = sum(sum(item.group.loss_tokens[1]) for item in batch.groups)
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
