@@ -62,7 +62,7 @@ class Group:
 
     @cached_property
     def loss_tokens(self) -> tuple[list[int], list[int]]:
-        """(versions, tokens): of each span of one version with loss-bearing tokens the version, and how many they are."""
+        """(versions, tokens): each span of one version with loss-bearing tokens, and how many it has."""
         ends = list(accumulate(self.version_lengths.tolist(), initial=0))
         mask = self.loss_mask.view(np.bool_)  # a sum of it would first make wider integers of its bytes
         tokens = [np.count_nonzero(mask[start:end]) for start, end in pairwise(ends)]

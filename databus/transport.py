@@ -151,7 +151,7 @@ class BrokerSocket:
         return route is not None and self.answer(route, message, frames)
 
     def send_all(self, peer: str, all_said: Sequence[Said]) -> None:
-        """As `send` each of them, in their order; those to a worker as one message, which costs what a single one does."""
+        """As `send` each of them, in their order; those to a worker as one message: it costs what one of them would."""
         together: list[Said] = []
         for message, frames in all_said:
             if isinstance(message, OneToWorker):
