@@ -258,10 +258,11 @@ class BusClient:
             self._put(Arrived(message, frames[1:]))
 
     def _take_batch(self, batch: Batch, socket: zmq.Socket) -> None:
-        """One whose frames came before; if they did not, they were on a connection that is gone: ask for all of it."""
+        """One whose frames came before: now it is as any other. If they did not come, they were on a connection that is
+        gone: ask for all of it."""
         (frames_id, frames), self._ahead = self._ahead, NOTHING_AHEAD
         if frames_id == batch.frames_id:
-            self._put(Arrived(batch, frames))
+            self._put(Arrived(msgspec.structs.replace(batch, frames_id=0), frames))
             return
         with contextlib.suppress(zmq.Again):
             socket.send(encode_header(BatchRequest(step=batch.step)), zmq.DONTWAIT)
