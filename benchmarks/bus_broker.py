@@ -16,7 +16,7 @@ from databus.broker import Broker
 from databus.config import BrokerConfig
 from databus.journal import Journal
 from databus.keys import server_keys
-from databus.process import die_with_parent
+from databus.process import collect_garbage_seldom, die_with_parent
 from databus.prompts import Prompt, SampledGroup
 
 ADDRESS_FILE, KEYS = "address", "keys"
@@ -44,6 +44,7 @@ def main() -> None:
     temporary = folder / "address.new"
     temporary.write_text(broker.address)
     temporary.rename(folder / ADDRESS_FILE)
+    collect_garbage_seldom()
     broker.run()
 
 

@@ -16,6 +16,7 @@ from databus.codec import decode_header, encode_header
 from databus.groups import Group, encode_group
 from databus.messages import (
     Batch,
+    BatchFrames,
     BatchRequest,
     Completed,
     Credits,
@@ -23,6 +24,7 @@ from databus.messages import (
     Hello,
     Lease,
     Role,
+    Several,
     StepDone,
     Stop,
     ToLearner,
@@ -81,21 +83,30 @@ class LeanWorker:
         self._socket = socket
         self._group = make_group(load.group_size, load.tokens)
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
-        self._credits = load.credit
+        self._credits = self._granted = load.credit
         self._serve(0)
         self._socket.send(encode_header(Hello(role="worker", name="worker-0", max_sequences=1)))
         self.has_ended = False
 
     def _serve(self, version: int) -> None:
-        self._columns, self._frames = encode_group(replace(self._group, version_values=np.array([version], np.int32)))
+        group = replace(self._group, version_values=np.array([version], np.int32))
+        self._columns, frames = encode_group(group)
+        self._frames = [zmq.Frame(frame, copy=False) for frame in frames]
 
     def take(self, frames: Sequence[zmq.Frame]) -> None:
-        match decode_header(frames[0].buffer, self._decoder):
+        message = decode_header(frames[0].buffer, self._decoder)
+        for each in message.messages if isinstance(message, Several) else (message,):
+            self._answer(each)
+        if self._credits > self._granted:
+            self._granted = self._credits
+            self._socket.send(encode_header(Credits(total=self._credits)))
+
+    def _answer(self, message: msgspec.Struct) -> None:
+        match message:
             case Lease(group_id=group_id):
                 completed = Completed(group_id=group_id, columns=self._columns, reward_names=("reward",))
                 self._socket.send_multipart([encode_header(completed), *self._frames], copy=False)
                 self._credits += 1
-                self._socket.send(encode_header(Credits(total=self._credits)))
             case VersionAnnounced(version=version):
                 self._serve(version)
                 self._socket.send(encode_header(VersionApplied(version=version)))
@@ -116,13 +127,18 @@ class LeanLearner:
         self._socket.send(encode_header(Hello(role="learner", name="learner")))
         self.batch_times: list[float] = []
         self.batch_bytes = 0
+        self._frames_id = 0
         self.has_ended = False
 
     def take(self, frames: Sequence[zmq.Frame]) -> None:
         match decode_header(frames[0].buffer, self._decoder):
-            case Batch(step=step):
-                self.batch_times.append(time.perf_counter())
+            case BatchFrames(id=frames_id):
+                self._frames_id = frames_id
                 self.batch_bytes += sum(len(frame) for frame in frames)
+            case Batch(step=step, frames_id=frames_id):
+                if frames_id != self._frames_id:
+                    raise RuntimeError(f"batch {step} came without its frames")
+                self.batch_times.append(time.perf_counter())
                 self._publish(step + 1)
                 self._send(StepDone(step=step, metrics={}))
                 self._send(BatchRequest(step=step + 1))

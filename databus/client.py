@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,11 +22,15 @@ from databus.codec import Frame, MalformedMessage, decode_header, encode_header
 from databus.errors import BusError, BusLost, BusRefused, BusTimeout
 from databus.keys import ClientKeys
 from databus.messages import (
+    Batch,
+    BatchFrames,
+    BatchRequest,
     Goodbye,
     Heartbeat,
     HeartbeatReply,
     Hello,
     Refused,
+    Several,
     ToLearner,
     ToObserver,
     ToWorker,
@@ -39,6 +43,7 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5.0
 HELLO_AGAIN_S = 1.0
 OBSERVER_LINGER_MS = 200
+NOTHING_AHEAD: tuple[int, Sequence[Frame]] = (0, ())
 FROM_BROKER: dict[str, Any] = {"worker": ToWorker, "learner": ToLearner, "observer": ToObserver}
 
 
@@ -47,6 +52,17 @@ class Arrived(NamedTuple):
 
     message: Any
     frames: Sequence[Frame]
+
+
+def apart(several: Several, frames: Sequence[Frame]) -> Iterator[Arrived]:
+    """Each message with the frames that are its own. Raises: MalformedMessage where there are more or fewer."""
+    counts = several.num_frames
+    if len(counts) != len(several.messages) or min(counts, default=0) < 0 or sum(counts) != len(frames):
+        raise MalformedMessage(f"{len(several.messages)} messages with {counts} frames each, {len(frames)} received")
+    start = 0
+    for message, num_frames in zip(several.messages, counts, strict=True):
+        yield Arrived(message, frames[start : start + num_frames])
+        start += num_frames
 
 
 class BusClient:
@@ -81,6 +97,7 @@ class BusClient:
         self._thread = threading.Thread(target=self._work, name=f"bus-{hello.name}", daemon=True)
         self._stopping = False
         self._welcomed = False
+        self._ahead: tuple[int, Sequence[Frame]] = NOTHING_AHEAD
         self._failure: BusError | None = None
         self._notify: Callable[[], object] | None = None
 
@@ -212,6 +229,7 @@ class BusClient:
     def _take(self, frames: Sequence[Frame], beat: "_Beat", socket: zmq.Socket) -> None:
         try:
             message = decode_header(frames[0], self._decoder)
+            together = list(apart(message, frames[1:])) if isinstance(message, Several) else []
         except MalformedMessage as error:
             logger.warning("the broker sent something malformed: %s", error)
             return
@@ -229,7 +247,25 @@ class BusClient:
             self._put(Arrived(message, ()))
             self._send_all(socket, beat)
             return
-        self._put(Arrived(message, frames[1:]))
+        if isinstance(message, BatchFrames):
+            self._ahead = (message.id, frames[1:])
+        elif isinstance(message, Batch) and message.frames_id:
+            self._take_batch(message, socket)
+        elif isinstance(message, Several):
+            for each in together:
+                self._put(each)
+        else:
+            self._put(Arrived(message, frames[1:]))
+
+    def _take_batch(self, batch: Batch, socket: zmq.Socket) -> None:
+        """One whose frames came before: now it is as any other. If they did not come, they were on a connection that is
+        gone: ask for all of it."""
+        (frames_id, frames), self._ahead = self._ahead, NOTHING_AHEAD
+        if frames_id == batch.frames_id:
+            self._put(Arrived(msgspec.structs.replace(batch, frames_id=0), frames))
+            return
+        with contextlib.suppress(zmq.Again):
+            socket.send(encode_header(BatchRequest(step=batch.step)), zmq.DONTWAIT)
 
     def _put(self, item: "Arrived | BusError") -> None:
         self._inbox.put(item)

@@ -4,7 +4,6 @@ Encoding copies small columns only: another's frame is the array's own memory. D
 a whitelist and every frame's length against its header, and gives read-only views.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -116,6 +115,9 @@ def _num_bytes(column: Column) -> int:
     dtype = DTYPES.get(column.dtype)
     if dtype is None:
         raise MalformedMessage(f"column {column.name!r}: dtype {column.dtype!r} is not allowed")
-    if len(column.shape) > MAX_DIMENSIONS or min(column.shape, default=0) < 0:
-        raise MalformedMessage(f"column {column.name!r}: bad shape {column.shape}")
-    return dtype.itemsize * math.prod(column.shape)  # Python integers: a huge shape cannot overflow
+    size = dtype.itemsize  # a Python integer: a huge shape cannot overflow it
+    for length in column.shape:
+        if length < 0 or len(column.shape) > MAX_DIMENSIONS:
+            raise MalformedMessage(f"column {column.name!r}: bad shape {column.shape}")
+        size *= length
+    return size

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
-from databus.codec import Array, Column, Frame, MalformedMessage, decode_columns, encode_columns
+from databus.codec import DTYPES, Array, Column, Frame, MalformedMessage, decode_columns, encode_columns
 
 GROUP_COLUMNS = {
     "prompt_ids": ("<i4", 1),
@@ -61,18 +61,19 @@ class Group:
         return np.repeat(self.version_values, self.version_lengths)
 
     @cached_property
-    def loss_tokens(self) -> tuple[Array, Array]:
-        """(versions int32 [L], tokens int64 [L]): each span of one version with loss-bearing tokens, and how many."""
-        ends = np.cumsum(self.version_lengths).tolist()
+    def loss_tokens(self) -> tuple[list[int], list[int]]:
+        """(versions, tokens): each span of one version with loss-bearing tokens, and how many it has."""
+        ends = list(accumulate(self.version_lengths.tolist(), initial=0))
         mask = self.loss_mask.view(np.bool_)  # a sum of it would first make wider integers of its bytes
-        tokens = np.array([np.count_nonzero(mask[start:end]) for start, end in pairwise([0, *ends])], np.int64)
-        return self.version_values[tokens > 0], tokens[tokens > 0]
+        tokens = [np.count_nonzero(mask[start:end]) for start, end in pairwise(ends)]
+        versions = [version for version, num in zip(self.version_values.tolist(), tokens, strict=True) if num]
+        return versions, [num for num in tokens if num]
 
     @cached_property
     def loss_versions(self) -> tuple[int, int] | None:
         """The oldest and the newest version among loss-bearing tokens; None where no token bears loss."""
         versions, _ = self.loss_tokens
-        return (int(versions.min()), int(versions.max())) if versions.size else None
+        return (min(versions), max(versions)) if versions else None
 
     def oldest_loss_version(self) -> int | None:
         """The smallest version among loss-bearing tokens; None where no token bears loss."""
@@ -102,10 +103,22 @@ def decode_group(columns: Sequence[Column], frames: Sequence[Frame]) -> Group:
 def _unpacked(bits: Array, count: int) -> Array:
     """uint8 [count] of 0 and 1. Raises: MalformedMessage for another number of bits, or one beyond them that is set."""
     if not len(bits):
-        return np.ones(count, np.uint8)
+        return _ones(count)
     if len(bits) != -(-count // 8) or (count % 8 and bits[-1] >> count % 8):
         raise MalformedMessage(f"column 'loss_mask' is not {count} bits")
     return np.unpackbits(bits, count=count, bitorder="little")
+
+
+def _ones(count: int) -> Array:
+    """uint8 [count] of 1, a view of what all such masks share; not to be written to."""
+    global _shared_ones
+    if count > len(_shared_ones):
+        _shared_ones = np.ones(2 * count, np.uint8)
+        _shared_ones.flags.writeable = False
+    return _shared_ones[:count]
+
+
+_shared_ones = np.ones(0, np.uint8)
 
 
 def run_lengths(values: Array) -> tuple[Array, Array]:
@@ -128,7 +141,7 @@ def group_from_columns(arrays: dict[str, Array]) -> Group:
         raise MalformedMessage(f"missing or unknown columns: {', '.join(wrong)}")
     for name, (dtype, dimensions) in GROUP_COLUMNS.items():
         array = arrays[name]
-        if array.dtype.str != dtype or array.ndim != dimensions:
+        if array.dtype != DTYPES[dtype] or array.ndim != dimensions:
             raise MalformedMessage(
                 f"column {name!r}: {array.dtype.str} with {array.ndim} dimensions, expected {dtype} with {dimensions}"
             )
@@ -151,8 +164,8 @@ def _check_sizes(group: Group) -> None:
         if len(getattr(group, name)) != size:
             raise MalformedMessage(f"column {name!r} has {len(getattr(group, name))} entries for {size} completions")
     for name in ("lengths", "version_lengths"):
-        counts = getattr(group, name)
-        if _lowest(counts) < 0 or int(np.add.reduce(counts, dtype=np.int64)) != num_tokens:
+        counts = getattr(group, name).tolist()
+        if min(counts, default=0) < 0 or sum(counts) != num_tokens:
             raise MalformedMessage(f"column {name!r} does not add up to {num_tokens} tokens")
     if len(group.version_values) != len(group.version_lengths):
         raise MalformedMessage("version_values and version_lengths differ in length")
@@ -160,25 +173,19 @@ def _check_sizes(group: Group) -> None:
 
 def _check_values(group: Group) -> None:
     for name in ("prompt_ids", "token_ids", "version_values"):
-        if _lowest(getattr(group, name)) < 0:
+        array = getattr(group, name)
+        if array.size and np.minimum.reduce(array) < 0:
             raise MalformedMessage(f"column {name!r} has a negative entry")
     for name in ("loss_mask", "truncated"):
-        if _highest(getattr(group, name)) > 1:
-            raise MalformedMessage(f"column {name!r} has an entry other than 0 and 1")
-    for name in ("logprobs", "rewards", "reward_parts"):
         array = getattr(group, name)
-        lowest, highest = _lowest(array), _highest(array)
-        if not (math.isfinite(lowest) and math.isfinite(highest)):
+        if array.size and np.maximum.reduce(array) > 1:
+            raise MalformedMessage(f"column {name!r} has an entry other than 0 and 1")
+    for name in ("rewards", "reward_parts"):
+        if not math.isfinite(sum(getattr(group, name).ravel().tolist())):  # in 64 bits, which 32 cannot overflow
             raise MalformedMessage(f"column {name!r} has an entry that is not finite")
-        if name == "logprobs" and highest > 0:
+    if group.num_tokens:  # NaN spreads to both
+        lowest, highest = np.minimum.reduce(group.logprobs), np.maximum.reduce(group.logprobs)
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            raise MalformedMessage("column 'logprobs' has an entry that is not finite")
+        if highest > 0:
             raise MalformedMessage("column 'logprobs' has an entry above 0")
-
-
-def _lowest(array: Array) -> float:
-    """Not a number if there is such an entry; 0 where there is none."""
-    return np.minimum.reduce(array, axis=None) if array.size else 0
-
-
-def _highest(array: Array) -> float:
-    """As `_lowest`."""
-    return np.maximum.reduce(array, axis=None) if array.size else 0

@@ -302,6 +302,17 @@ class VersionAnnounced(Struct, frozen=True, kw_only=True, tag=True):
     num_bytes: int
 
 
+OneToWorker = Lease | Cancel | Ack | VersionAnnounced | Drain
+
+
+class Several(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> worker: what it has to say at one time, in its order. num_frames: how many of the frames that follow
+    belong to each."""
+
+    messages: tuple[OneToWorker, ...]
+    num_frames: tuple[int, ...]
+
+
 # ---------------------------------------------------------------- broker -> learner
 
 
@@ -313,12 +324,25 @@ class BatchGroup(Struct, frozen=True, kw_only=True):
     first_frame: int
 
 
+class BatchFrames(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> learner: the frames of a batch that is being made durable; they count once its `Batch` has come.
+
+    id: unlike that of any other batch, other brokers' among them.
+    """
+
+    id: int
+
+
 class Batch(Struct, frozen=True, kw_only=True, tag=True):
-    """Broker -> learner: the groups that step `step` trains, cut under the staleness bound."""
+    """Broker -> learner: the groups that step `step` trains, cut under the staleness bound.
+
+    frames_id: of the `BatchFrames` that came before; 0 where the frames come with this.
+    """
 
     step: int
     max_staleness: int
     groups: tuple[BatchGroup, ...]
+    frames_id: int = 0
 
 
 class Position(Struct, frozen=True, kw_only=True, tag=True):
@@ -453,8 +477,8 @@ FromLearner = BatchRequest | StepDone | VersionPublished | PositionRequest
 ToBroker = PeerHello | FromWorker | FromLearner | StatusRequest
 
 ToAnyPeer = Welcome | Refused | HeartbeatReply | Stop
-ToWorker = ToAnyPeer | Lease | Cancel | Ack | VersionAnnounced | Drain
-ToLearner = ToAnyPeer | Batch | Position
+ToWorker = ToAnyPeer | OneToWorker | Several
+ToLearner = ToAnyPeer | BatchFrames | Batch | Position
 ToObserver = ToAnyPeer | Status
 
 ToWeightServer = ManifestRequest | ChunkRequest

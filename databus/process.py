@@ -1,6 +1,7 @@
 """Ties a process's life to its parent's, so that nothing of a run outlives it."""
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -8,6 +9,8 @@ import sys
 PR_SET_PDEATHSIG = 1
 MAIN_PID_VARIABLE = "ECHELON_PID"
 """Process id of the command that a person started; its children inherit it."""
+GARBAGE_THRESHOLD = 50_000
+"""Objects; Python's own is 700."""
 
 
 def die_with_parent() -> None:
@@ -25,3 +28,12 @@ def die_with_parent() -> None:
     orphaned = parent == 1 and os.environ.get(MAIN_PID_VARIABLE) != "1"
     if os.getppid() != parent or orphaned:
         os._exit(1)
+
+
+def collect_garbage_seldom() -> None:
+    """For a process that makes hardly any cycles, and many messages: looking for the ones among the others takes time.
+
+    What there is by now is not looked at again. Call it once everything is set up.
+    """
+    gc.freeze()
+    gc.set_threshold(GARBAGE_THRESHOLD, 20, 20)

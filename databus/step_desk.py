@@ -1,6 +1,7 @@
 """The learner's side of the broker: batches out, steps and versions in, rows of metrics."""
 
 import logging
+import secrets
 import time
 from array import array
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from databus.batches import CutBatch, Waiting
 from databus.evaluation import Evaluation
 from databus.groups import decode_group
 from databus.ledger import Entry
-from databus.messages import BatchRequest, Cancel, Hello, Position, Refused, StepDone, VersionPublished
+from databus.messages import BatchFrames, BatchRequest, Cancel, Hello, Position, Refused, StepDone, VersionPublished
 from databus.peers import Peer
 from databus.prompts import MetricsSink, SampledGroup
 from databus.records import GroupCompleted
@@ -102,7 +103,7 @@ class StepDesk:
             state.batch_cut = time.monotonic()
             state.touch()
             state.chronicle.cut(state.batch)
-            self._send(learner, state.batch)
+            self._send_ahead(learner, state.batch)
 
     def _settle_stale(self, entry: Entry) -> None:
         logger.info("group %s is too old for step %s", entry.group_id, self._state.requested)
@@ -115,6 +116,14 @@ class StepDesk:
 
     def _send(self, learner: Peer, batch: CutBatch) -> None:
         message, frames = batch.message(self._state.config.max_staleness)
+        self._state.send(learner.name, message, frames)
+
+    def _send_ahead(self, learner: Peer, batch: CutBatch) -> None:
+        """Its frames travel while the disk is at work, and the learner may use them once that is done."""
+        message, frames = batch.message(self._state.config.max_staleness)
+        frames_id = secrets.randbits(63) | 1
+        if self._state.outbox.send_ahead(learner.name, BatchFrames(id=frames_id), frames):
+            message, frames = replace(message, frames_id=frames_id), []
         self._state.send(learner.name, message, frames)
 
     def step_done(self, message: StepDone) -> None:

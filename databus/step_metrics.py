@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from databus.batches import CutBatch
+from databus.codec import Array
 from databus.draft_metrics import DraftMetrics
 from databus.groups import Group
 from databus.messages import Mismatch, VersionApplied
@@ -89,18 +90,22 @@ class StepMetrics:
 def _reward_metrics(batch: CutBatch) -> dict[str, float]:
     """A part that calls itself `mean` does not hide the reward's own."""
     mean = float(np.mean(np.concatenate([item.group.rewards for item in batch.groups])))
-    parts: dict[str, list[float]] = {}
+    by_names: dict[tuple[str, ...], list[Array]] = {}
     for item in batch.groups:
-        for column, name in enumerate(item.reward_names):
-            parts.setdefault(name, []).extend(item.group.reward_parts[:, column].tolist())
-    return {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()} | {"reward/mean": mean}
+        by_names.setdefault(item.reward_names, []).append(item.group.reward_parts)
+    parts: dict[str, list[Array]] = {}
+    for names, rows in by_names.items():
+        for name, values in zip(names, np.concatenate(rows).T, strict=True):
+            parts.setdefault(name, []).append(values)
+    means = {f"reward/{name}": float(np.mean(np.concatenate(values))) for name, values in parts.items()}
+    return means | {"reward/mean": mean}
 
 
 def _length_metrics(batch: CutBatch) -> dict[str, float]:
     lengths = np.concatenate([item.group.lengths for item in batch.groups])
     truncated = np.concatenate([item.group.truncated for item in batch.groups])
     tokens = sum(item.group.num_tokens for item in batch.groups)
-    loss_tokens = sum(int(item.group.loss_tokens[1].sum()) for item in batch.groups)
+    loss_tokens = sum(sum(item.group.loss_tokens[1]) for item in batch.groups)
     return {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),

@@ -18,9 +18,12 @@ from databus.address import check_address
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
 from databus.curve import Doorkeeper, role_of, use_client_keys, use_server_keys
 from databus.keys import ClientKeys, ServerKeys
-from databus.messages import Hello, Role, ToBroker
+from databus.messages import Hello, OneToWorker, Role, Several, ToBroker
 
 logger = logging.getLogger(__name__)
+
+Said = tuple[msgspec.Struct, Sequence[Frame]]
+"""A message and its column frames."""
 
 MAX_FRAMES = 4096
 MAX_NAME_BYTES = 200
@@ -147,10 +150,28 @@ class BrokerSocket:
         route = self._routes.get(peer)
         return route is not None and self.answer(route, message, frames)
 
+    def send_all(self, peer: str, all_said: Sequence[Said]) -> None:
+        """As `send` each of them, in their order; those to a worker as one message: it costs what one of them would."""
+        together: list[Said] = []
+        for message, frames in all_said:
+            if isinstance(message, OneToWorker):
+                together.append((message, frames))
+            else:
+                self.send(peer, message, frames)
+        if len(together) == 1:
+            self.send(peer, *together[0])
+        elif together:
+            several = Several(
+                messages=tuple(message for message, _ in together),
+                num_frames=tuple(len(frames) for _, frames in together),
+            )
+            self.send(peer, several, [frame for _, frames in together for frame in frames])
+
     def answer(self, route: bytes, message: msgspec.Struct, frames: Sequence[Frame] = ()) -> bool:
         """Send to whoever is behind a route, seated or not. False if nobody is, or takes nothing any more."""
         try:
-            self._socket.send_multipart([route, encode_header(message), *frames], flags=zmq.DONTWAIT, copy=False)
+            parts = [route, encode_header(message), *map(_as_received, frames)]
+            self._socket.send_multipart(parts, flags=zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
@@ -164,6 +185,13 @@ class BrokerSocket:
         if self._doorkeeper is not None:
             self._doorkeeper.close()
         self._context.term()
+
+
+def _as_received(frame: Frame) -> Frame | zmq.Frame:
+    """The message that a frame is all of, if it came from a socket: libzmq counts who still needs it, whereas for other
+    memory pyzmq has a thread of Python's that wakes up for each frame that has left."""
+    whole = frame.obj if isinstance(frame, memoryview) else None
+    return whole if isinstance(whole, zmq.Frame) and len(whole) == frame.nbytes else frame
 
 
 def _keep_for_owner(address: str) -> None:

@@ -15,6 +15,7 @@ from databus.evaluation import ACCURACY
 from databus.journal import Journal, read_journal, recover
 from databus.keys import server_keys
 from databus.messages import Position
+from databus.process import collect_garbage_seldom
 from databus.prompts import Prompt, SampledGroup
 from echelon.config import RunConfig
 from echelon.errors import SIGTERM_CODE, role_main
@@ -87,6 +88,7 @@ def serve(folder: RunFolder) -> None:
     write_atomically(folder.bus_file, msgspec.json.encode(record))
     how = "plain text" if keys is None else f"keys in {keys}"
     logger.info("listening on %s (%s), from step %d, %d prompts", broker.address, how, start_step, len(prompts))
+    collect_garbage_seldom()
     try:
         broker.run()
     except Terminated:

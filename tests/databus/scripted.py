@@ -33,7 +33,7 @@ from databus.messages import (
     VersionRefused,
 )
 from databus.prompts import Prompt, PromptSource, SampledGroup
-from databus.transport import Received
+from databus.transport import Received, Said
 
 
 def broker_config(address: str, **changes: Any) -> BrokerConfig:
@@ -266,6 +266,10 @@ class NoSocket:
     def send(self, peer: str, message: Struct, frames: Sequence[Any] = ()) -> bool:
         self.sent.append((peer, message))
         return True
+
+    def send_all(self, peer: str, all_said: Sequence[Said]) -> None:
+        for message, frames in all_said:
+            self.send(peer, message, frames)
 
     def answer(self, route: bytes, message: Struct) -> bool:
         return True

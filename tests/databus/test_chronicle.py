@@ -21,10 +21,12 @@ from scripted import (
 )
 
 import databus.group_commit
-from databus.codec import frame_sizes
-from databus.groups import GROUP_COLUMNS
+from databus.client import Arrived
+from databus.codec import Frame, frame_sizes
+from databus.groups import GROUP_COLUMNS, decode_group
 from databus.journal import Journal, read_journal
-from databus.messages import Ack, Credits, Lease
+from databus.messages import Ack, Batch, BatchGroup, BatchRequest, Credits, Lease
+from databus.outbox import Outbox
 from databus.records import BatchCut, BrokerEnded, BrokerStarted, GroupCompleted, GroupLeased, GroupMoved, StepTaken
 
 
@@ -69,29 +71,77 @@ def test_lost_lease_is_written_down(address: str, tmp_path: Path) -> None:
     second.close("done")
 
 
-def test_full_disk_holds_back_what_promises_something(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(databus.group_commit, "TRY_AGAIN_S", 0.1)
-    full, real = [False], os.pwritev
+class Disk:
+    """In place of `os.pwritev`."""
 
-    def pwritev(descriptor: int, parts: Sequence[Any], offset: int) -> int:
-        if full[0]:
+    def __init__(self) -> None:
+        self.is_full = False
+        self._write = os.pwritev
+
+    def __call__(self, descriptor: int, parts: Sequence[Any], offset: int) -> int:
+        if self.is_full:
             raise OSError(errno.ENOSPC, "no room")
-        return real(descriptor, parts, offset)
+        return self._write(descriptor, parts, offset)
 
-    monkeypatch.setattr(os, "pwritev", pwritev)
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk()
+    monkeypatch.setattr(databus.group_commit, "TRY_AGAIN_S", 0.1)
+    monkeypatch.setattr(os, "pwritev", disk)
+    return disk
+
+
+def test_full_disk_holds_back_what_promises_something(address: str, tmp_path: Path, disk: Disk) -> None:
     RunningBroker(broker_config(address), journal=Journal(tmp_path))
     worker = connect(address, "w", "worker", max_sequences=4)
     worker.send(Credits(total=1))
     lease = receive(worker, Lease)
-    full[0] = True
+    disk.is_full = True
     send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[0], [0]]))
     worker.send(Credits(total=2))
     assert receives_nothing(worker, Struct, 0.5)
-    full[0] = False
+    disk.is_full = False
     assert receive(worker, Ack).accepted
     receive(worker, Lease)
     written = [type(entry.record) for entry in read_journal(tmp_path)]
     assert written == [BrokerStarted, GroupLeased, GroupCompleted, GroupLeased]
     worker.close("done")
+
+
+def test_frames_of_a_batch_travel_before_it_is_durable_and_count_after(
+    address: str, tmp_path: Path, disk: Disk
+) -> None:
+    RunningBroker(broker_config(address), journal=Journal(tmp_path))
+    worker, learner = connect(address, "w", "worker", max_sequences=4), ScriptedLearner(address)
+    worker.send(Credits(total=2))
+    for lease in [receive(worker, Lease) for _ in range(2)]:
+        send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[0], [0]]))
+        receive(worker, Ack)
+    disk.is_full = True
+    learner.client.send(BatchRequest(step=0))
+    assert receives_nothing(learner.client, Struct, 0.5)
+    assert learner.client._ahead[0]
+    disk.is_full = False
+    arrived = learner.client.recv(5.0)
+    assert arrived is not None and isinstance(arrived.message, Batch)
+    assert all(decode_group(head.columns, frames_of(arrived, head)).size == 2 for head in arrived.message.groups)
+    worker.close("done")
+    learner.client.close("done")
+
+
+def test_a_batch_whose_frames_are_lost_is_asked_for_again(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Outbox, "send_ahead", lambda *_: True)
+    running = RunningBroker(broker_config(address))
+    worker, learner = ScriptedWorker(address), ScriptedLearner(address)
+    learner.client.send(BatchRequest(step=0))
+    arrived = learner.client.recv(5.0)
+    assert arrived is not None and isinstance(arrived.message, Batch)
+    assert arrived.message.frames_id == 0 and arrived.frames
+    for client in (worker.client, learner.client):
+        client.close("done")
+    assert running.failure is None
+
+
+def frames_of(arrived: Arrived, head: BatchGroup) -> Sequence[Frame]:
+    return arrived.frames[head.first_frame : head.first_frame + len(frame_sizes(head.columns))]

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from scripted import ScriptedLearner, ScriptedWorker, broker_config
 
 from databus.client import Arrived
 from databus.config import BrokerConfig, BusConfig
-from databus.messages import Ack, Hello, Refused, Stop, ToObserver, ToWorker, VersionAnnounced, Welcome
+from databus.messages import Ack, Hello, Refused, Several, Stop, ToObserver, ToWorker, VersionAnnounced, Welcome
 from databus.transport import make_socket, new_route
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
@@ -44,6 +45,7 @@ class Attacker:
         self._socket.connect(address)
         self._messages = messages
         self._sent = 0
+        self._answers: deque[object] = deque()
         if role is not None:
             hello = Hello(role=role, name=name)  # type: ignore[arg-type]
             self._socket.send(msgspec.msgpack.encode(hello))
@@ -79,11 +81,14 @@ class Attacker:
         return isinstance(answer, Refused) and marker in answer.reason
 
     def _answer(self) -> object:
-        assert self._socket.poll(ANSWER_S * 1000), f"no answer within {ANSWER_S} s"
-        header, *_ = self._socket.recv_multipart()
-        assert len(header) <= MAX_ANSWER_BYTES, "what is refused is not sent back whole"
-        message = decoder.decode(header)
-        return self._answer() if isinstance(message, VersionAnnounced) else message
+        while not self._answers:
+            assert self._socket.poll(ANSWER_S * 1000), f"no answer within {ANSWER_S} s"
+            header, *_ = self._socket.recv_multipart()
+            message = decoder.decode(header)
+            together = message.messages if isinstance(message, Several) else (message,)
+            assert len(header) <= MAX_ANSWER_BYTES * len(together), "what is refused is not sent back whole"
+            self._answers += [each for each in together if not isinstance(each, VersionAnnounced)]
+        return self._answers.popleft()
 
 
 class GoodPeers:

@@ -47,7 +47,7 @@ def test_loss_tokens_are_those_of_the_mask(spans: list[tuple[int, list[int]]]) -
     )
     versions, tokens = group.loss_tokens
     expected = group.token_versions()[group.loss_mask.astype(bool)]
-    assert np.repeat(versions, tokens).tolist() == expected.tolist() and (tokens > 0).all()
+    assert np.repeat(versions, tokens).tolist() == expected.tolist() and all(tokens)
 
 
 @pytest.mark.parametrize("name", list(GROUP_COLUMNS))

@@ -10,10 +10,22 @@ from pathlib import Path
 import pytest
 
 from databus.address import check_address, reachable, resolve_address
-from databus.client import BusClient
+from databus.client import BusClient, apart
 from databus.codec import MalformedMessage
 from databus.errors import BusLost, BusTimeout
-from databus.messages import Credits, Goodbye, Heartbeat, HeartbeatReply, Hello, Stop, Welcome
+from databus.messages import (
+    Ack,
+    Credits,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Lease,
+    Sampling,
+    Several,
+    Stop,
+    Welcome,
+)
 from databus.transport import BrokerSocket
 
 LIMIT = 1 << 20
@@ -129,6 +141,28 @@ def test_tcp_loopback_carries_messages(host: str) -> None:
     broker.close()
 
 
+def test_what_a_worker_is_told_at_one_time_comes_in_its_order_with_its_frames(address: str) -> None:
+    broker = BrokerSocket(address, LIMIT)
+    client = _connected(broker, address)
+    said = [(Ack(group_id="a", accepted=True), []), (_lease("b"), [b"1", b"2"]), (_lease("c"), [b"3"])]
+    broker.send_all("w", [*said, (Stop(reason="done"), []), *said[:1]])
+    arrived = [client.recv(2.0) for _ in range(5)]
+    assert arrived[0] is not None and arrived[0].message == Stop(reason="done")  # it is for any peer, so it goes alone
+    assert [(each.message, [bytes(frame) for frame in each.frames]) for each in arrived[1:] if each] == [
+        *said,
+        *said[:1],
+    ]
+    client.close()
+    broker.close()
+
+
+@pytest.mark.parametrize("num_frames", [(), (1,), (1, 2), (3, -1), (2, 0, 0)])
+def test_frames_that_do_not_add_up(num_frames: tuple[int, ...]) -> None:
+    together = Several(messages=(_lease("a"), _lease("b")), num_frames=num_frames)
+    with pytest.raises(MalformedMessage, match="2 messages"):
+        list(apart(together, [b"1", b"2"]))
+
+
 def test_seats_and_routes(address: str) -> None:
     """Two connections of one name: each can be answered, one of them is the name's."""
     broker = BrokerSocket(address, LIMIT)
@@ -149,6 +183,21 @@ def test_seats_and_routes(address: str) -> None:
     for client in (first, second):
         client.close()
     broker.close()
+
+
+def _lease(group_id: str) -> Lease:
+    return Lease(
+        group_id=group_id,
+        cursor=0,
+        attempt=0,
+        purpose="train",
+        prompt="",
+        prompt_ids=(1,),
+        problem=b"{}",
+        group_size=1,
+        sampling=Sampling(max_tokens=1),
+        lease_s=1.0,
+    )
 
 
 def _route_of_hello(broker: BrokerSocket, pid: int) -> bytes:
