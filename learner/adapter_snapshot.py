@@ -39,7 +39,9 @@ class AdapterSnapshotter:
             probe=probe,
             adapter=self._lora.adapter,
         )
-        return Snapshot(manifest, np.concatenate([whole.numpy().reshape(-1) for whole in wholes.values()]).view(np.uint8))
+        return Snapshot(
+            manifest, np.concatenate([whole.numpy().reshape(-1) for whole in wholes.values()]).view(np.uint8)
+        )
 
 
 def _whole(factor: Tensor) -> Tensor:

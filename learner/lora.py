@@ -71,9 +71,7 @@ def peft_config(config: LoraConfig, names: Iterable[str]) -> Any:
     )
 
 
-def target_names(
-    causal_lm: nn.Module, decoder_layers: Iterable[nn.Module], target_modules: Iterable[str]
-) -> list[str]:
+def target_names(causal_lm: nn.Module, decoder_layers: Iterable[nn.Module], target_modules: Iterable[str]) -> list[str]:
     """Names of the linear layers that get an adapter, in the model's order.
 
     Args: causal_lm: may lie on the meta device. target_modules: as `LoraConfig.target_modules`.
@@ -115,6 +113,4 @@ def _adapted(causal_lm: PreTrainedModel, name: str) -> AdaptedWeight:
     stored = as_stored(causal_lm, f"{name}.weight", weight)
     if [tensor.shape for tensor in stored.values()] != [weight.shape]:
         raise ValueError(f"{SETTING}: {name} is stored as {', '.join(stored)}, to which no adapter can be added")
-    return AdaptedWeight(
-        name=next(iter(stored)), base_xxh3=xxhash.xxh3_64_intdigest(weight.contiguous().numpy().data)
-    )
+    return AdaptedWeight(name=next(iter(stored)), base_xxh3=xxhash.xxh3_64_intdigest(weight.contiguous().numpy().data))

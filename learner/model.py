@@ -1,6 +1,6 @@
 """The policy: any transformers causal language model under FSDP2, from token ids to log-probabilities."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ class ModelOptions:
     attention: Literal["sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
     compile: bool = False
     offload: bool = False
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 class PolicyModel(nn.Module):

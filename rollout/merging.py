@@ -111,8 +111,8 @@ def _checked_base(model: str, adapter: Adapter) -> BaseWeights:
         if xxhash.xxh3_64_intdigest(base[weight.name].float().contiguous().numpy().data) != weight.base_xxh3:
             base.close()
             raise ValueError(
-                f"tensor {weight.name!r} of model={model} is not the one that the learner adapts: give all machines the "
-                "same model"
+                f"tensor {weight.name!r} of model={model} is not the one that the learner adapts: all machines need "
+                "the same model"
             )
     return base
 

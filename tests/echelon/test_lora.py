@@ -73,11 +73,3 @@ def test_export_is_a_model_and_an_adapter(run: Any, tmp_path: Path) -> None:
         assert (parameter - merged.get_parameter(name)).abs().max() < 1e-6, name
         changed = (parameter != unmerged[name]).any()
         assert changed == name.endswith(("q_proj.weight", "down_proj.weight")), name
-
-
-def test_other_adapters_are_refused_in_one_line(run: Any, write_recipe, start_run) -> None:
-    recipe = run.folder.parent / "small_recipe.py"
-    words = (*SETTINGS, "learner.lora.alpha=5", f"learner.steps={STEPS + 1}", "--resume")
-    code, _, stderr = start_run(recipe, run.folder, *words).finish()
-    assert code != 0 and len(stderr.splitlines()) == 1
-    assert "alpha=32" in stderr and "alpha=5" in stderr and "go on with the settings of the checkpoint" in stderr

@@ -7,8 +7,8 @@ import torch
 from learner_script import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.config import LearnerConfig
 from learner import export
+from learner.config import LearnerConfig
 from learner.model import load_causal_lm
 from learner.snapshot import Snapshot
 from learner.weights_out import WeightServer

@@ -146,10 +146,10 @@ def test_a_version_is_the_folder_and_its_adapter_alone(
         snapshot.close()
 
 
-def test_what_is_served_in_bfloat16_is_merged_before_it_is_rounded(
-    tiny_model: Path, published: Callable
-) -> None:
-    whole, rounded = (weights_in(pulled(MergingPull(published, str(tiny_model), d), 1)) for d in ("float32", "bfloat16"))
+def test_what_is_served_in_bfloat16_is_merged_before_it_is_rounded(tiny_model: Path, published: Callable) -> None:
+    whole, rounded = (
+        weights_in(pulled(MergingPull(published, str(tiny_model), d), 1)) for d in ("float32", "bfloat16")
+    )
     for name, tensor in whole.items():
         assert torch.equal(rounded[name], tensor.bfloat16()), name
 
@@ -162,9 +162,7 @@ def test_the_engine_takes_it(tiny_model: Path, published: Callable, reference: C
             snapshot = pulled(MergingPull(published, str(tiny_model), "float32"), 1)
             weights = weights_in(snapshot)
             await engine.update(snapshot)
-            group = GenerateRequest(
-                group_id="g", prompt_ids=(6, 13, 8), group_size=2, sampling=Sampling(max_tokens=9)
-            )
+            group = GenerateRequest(group_id="g", prompt_ids=(6, 13, 8), group_size=2, sampling=Sampling(max_tokens=9))
             for completion in await engine.generate(group):
                 said = reference(weights, group.prompt_ids, completion, 1.0)
                 assert abs(said - completion.logprobs).max() < 1e-4
@@ -204,9 +202,7 @@ def test_another_model_is_refused(
     assert f"tensor {WEIGHTS[1]!r} of model={model} is not the one that the learner adapts" in said
 
 
-def test_a_model_without_safetensors_is_refused(
-    tiny_model: Path, tmp_path: Path, published: Callable
-) -> None:
+def test_a_model_without_safetensors_is_refused(tiny_model: Path, tmp_path: Path, published: Callable) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "model.safetensors").unlink()
     assert f"model={model} has no weights as safetensors" in refused(published, model, same)
