@@ -122,7 +122,10 @@ def pulled(merging: MergingPull, version: int, stop: threading.Event | None = No
 
 
 def weights_in(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors(snapshot.manifest, snapshot.map())}
+    """A copy; the snapshot is closed."""
+    weights = {name: tensor.clone() for name, tensor in tensors(snapshot.manifest, snapshot.map())}
+    snapshot.close()
+    return weights
 
 
 def test_a_version_is_the_folder_and_its_adapter_alone(
@@ -143,7 +146,6 @@ def test_a_version_is_the_folder_and_its_adapter_alone(
                 expected = merge(expected, factors[f"{name}.lora_A"], factors[f"{name}.lora_B"], SCALE)
                 assert not torch.equal(expected, base[name])
             assert torch.equal(tensor, expected), name
-        snapshot.close()
 
 
 def test_what_is_served_in_bfloat16_is_merged_before_it_is_rounded(tiny_model: Path, published: Callable) -> None:
@@ -159,9 +161,10 @@ def test_the_engine_takes_it(tiny_model: Path, published: Callable, reference: C
         engine = SmallEngine(RolloutConfig(engine="small", context_tokens=64), str(tiny_model), seed=0, version=0)
         await engine.start()
         try:
-            snapshot = pulled(MergingPull(published, str(tiny_model), "float32"), 1)
-            weights = weights_in(snapshot)
+            merging = MergingPull(published, str(tiny_model), "float32")
+            weights, snapshot = weights_in(pulled(merging, 1)), pulled(merging, 1)
             await engine.update(snapshot)
+            snapshot.close()
             group = GenerateRequest(group_id="g", prompt_ids=(6, 13, 8), group_size=2, sampling=Sampling(max_tokens=9))
             for completion in await engine.generate(group):
                 said = reference(weights, group.prompt_ids, completion, 1.0)
