@@ -109,7 +109,7 @@ def adapters_off(lora: LoraLayers | None) -> Iterator[None]:
 
 
 def _adapted(causal_lm: PreTrainedModel, name: str) -> AdaptedWeight:
-    weight = causal_lm.get_submodule(name).weight.detach()
+    weight = causal_lm.get_parameter(f"{name}.weight").detach()
     stored = as_stored(causal_lm, f"{name}.weight", weight)
     if [tensor.shape for tensor in stored.values()] != [weight.shape]:
         raise ValueError(f"{SETTING}: {name} is stored as {', '.join(stored)}, to which no adapter can be added")
