@@ -431,6 +431,24 @@ class Probe(Struct, frozen=True, kw_only=True):
     logprobs: tuple[tuple[float, ...], ...]
 
 
+class AdaptedWeight(Struct, frozen=True, kw_only=True):
+    """A tensor of the model's folder that an adapter changes. base_xxh3: xxh3-64 of it as float32, little-endian."""
+
+    name: str
+    base_xxh3: int
+
+
+class Adapter(Struct, frozen=True, kw_only=True):
+    """A version as low-rank updates of the model's folder: to each of `weights` W [out, in] it adds scale · B · A.
+
+    The tensors of its manifest are float32: of every weight, in order, A [rank, in], named `NAME.lora_A`, and
+    B [out, rank], named `NAME.lora_B`. All other weights are those of the folder.
+    """
+
+    scale: float
+    weights: tuple[AdaptedWeight, ...]
+
+
 class ManifestRequest(Struct, frozen=True, kw_only=True, tag=True):
     """Worker -> weight server."""
 
@@ -441,6 +459,7 @@ class Manifest(Struct, frozen=True, kw_only=True, tag=True):
     """Weight server -> worker: the tensors of a version, in one flat buffer of `num_bytes`, cut in chunks.
 
     probe: by which an engine can tell that it serves what was published; None where there is no mismatch gate.
+    adapter: how `tensors` make a version with the model's folder; None where they are whole weights.
     """
 
     version: int
@@ -448,6 +467,7 @@ class Manifest(Struct, frozen=True, kw_only=True, tag=True):
     chunk_bytes: int
     tensors: tuple[TensorSpec, ...]
     probe: Probe | None = None
+    adapter: Adapter | None = None
 
 
 class ChunkRequest(Struct, frozen=True, kw_only=True, tag=True):

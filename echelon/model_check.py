@@ -64,6 +64,22 @@ def check_devices(config: RunConfig) -> None:
         raise ValueError(f"learner.ranks is {config.learner.ranks}, but there are {num_gpus} GPUs here")
 
 
+def check_adapters(config: RunConfig) -> None:
+    """Raises: ValueError, in one line, for `learner.lora.target_modules` that this model cannot have, or weights that
+    workers cannot merge an adapter with."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from learner.lora import target_names
+    from learner.model import decoder_layers
+    from rollout.base_weights import weight_files
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model))
+    target_names(skeleton, decoder_layers(skeleton), config.learner.lora.target_modules)
+    weight_files(config.model)
+
+
 def _check_weights(model: str) -> None:
     folder = Path(model)
     if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in WEIGHT_PATTERNS):

@@ -84,6 +84,8 @@ def parse_value(text: str, node: inspect.Type) -> Any:
             if len(parts) != len(items):
                 raise ValueError
             return tuple(parse_value(part.strip(), item) for part, item in zip(parts, items, strict=True))
+        case inspect.VarTupleType(item_type=item):
+            return tuple(parse_value(part.strip(), item) for part in text.strip("()[] ").split(","))
         case _:
             return text
 
@@ -105,6 +107,10 @@ def is_allowed(value: Any, node: inspect.Type) -> bool:
             if not isinstance(value, list | tuple) or len(value) != len(items):
                 return False
             return all(is_allowed(part, item) for part, item in zip(value, items, strict=True))
+        case inspect.VarTupleType(item_type=item):
+            if not isinstance(value, list | tuple) or not value:
+                return False
+            return all(part != "" and is_allowed(part, item) for part in value)
     raise AssertionError(f"a setting of type {type(node).__name__}: teach echelon.settings about it")
 
 
@@ -121,6 +127,8 @@ def describe(node: inspect.Type) -> str:
             return " or ".join(sorted(map(str, values)))
         case inspect.TupleType(item_types=items):
             return f"{len(items)} values with commas between them, each {describe(items[0])}"
+        case inspect.VarTupleType(item_type=item):
+            return f"one value or more, with commas between them, each {describe(item)}"
     return "text"
 
 

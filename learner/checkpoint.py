@@ -98,9 +98,12 @@ def state_tensors(causal_lm: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def model_tensors(causal_lm: nn.Module) -> dict[str, Any]:
-    """Masters and persistent buffers by their transformers name; tied weights once. Sharded where the model is."""
+    """Masters and persistent buffers by their transformers name; tied weights once. Sharded where the model is.
+
+    Frozen parameters, beside adapters, are those of the model's folder, and are left out."""
     # named_parameters names a shared parameter once, under its first name.
-    named = dict(causal_lm.named_parameters()) | dict(causal_lm.named_buffers())
+    trained = {name: parameter for name, parameter in causal_lm.named_parameters() if parameter.requires_grad}
+    named = trained | dict(causal_lm.named_buffers())
     return {name: value for name, value in get_model_state_dict(causal_lm).items() if name in named}
 
 

@@ -17,6 +17,7 @@ import xxhash
 from msgspec import Struct
 
 from databus.messages import Position
+from learner.config import LoraConfig
 
 TRAINER_FILE = "trainer.json"
 TEMPORARY = ".tmp"
@@ -34,13 +35,15 @@ class FileRecord(Struct, frozen=True, kw_only=True):
 
 class TrainerState(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """trainer.json. step: optimizer steps taken, so also the policy version. position: the broker's, at that step.
-    world_size: ranks that wrote it; any number may read it. files: what the folder holds besides this file."""
+    world_size: ranks that wrote it; any number may read it. files: what the folder holds besides this file. lora: the
+    adapters; where there are any, they are all that it holds of the model."""
 
     step: int
     model: str
     world_size: int
     position: Position | None
     files: tuple[FileRecord, ...] = ()
+    lora: LoraConfig = LoraConfig()
 
 
 class DamagedCheckpoint(ValueError):

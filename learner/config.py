@@ -64,6 +64,33 @@ class LossConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.entropy_coef > 0 or (self.kl_coef > 0 and self.kl_in == "loss")
 
 
+class LoraConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Low-rank adapters (LoRA) in place of all parameters; see `learner.lora` and docs/guide/lora.md.
+
+    rank: of an adapter's two factors; 0: no adapters. alpha: an adapter adds alpha / rank · B · A to its matrix.
+    target_modules: linear layers that get one, by the last part of their names, such as `q_proj`; `all-linear`: those
+        of all decoder layers.
+    """
+
+    rank: Annotated[int, Meta(ge=0, le=1024)] = 0
+    alpha: PositiveFloat = 32.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+
+    @property
+    def is_on(self) -> bool:
+        return self.rank > 0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def __str__(self) -> str:
+        if not self.is_on:
+            return "no adapters (learner.lora.rank=0)"
+        targets = ",".join(self.target_modules)
+        return f"learner.lora.rank={self.rank} alpha={self.alpha:g} target_modules={targets}"
+
+
 class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The learner: `ranks` processes, FSDP2.
 
@@ -78,6 +105,7 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     compile: decoder layers through torch.compile; some minutes at the start, and a C++ compiler.
     offload: masters, gradients and optimizer state in host memory; the optimizer steps there. Needs `cuda`.
     optimizer: `adamw`; `muon`: Muon for the matrices of decoder layers and AdamW for the rest, with one rate.
+    lora: adapters that are trained in place of the model's own parameters.
     checkpoint_every: steps between checkpoints; 0: only the last. keep_checkpoints: newest ones kept.
     keep_best: older ones kept beside them, by their accuracy in evaluations.
     async_checkpoints: training waits for a copy in host memory only, which is written while it goes on.
@@ -105,6 +133,7 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     optimizer: Literal["adamw", "muon"] = "adamw"
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
+    lora: LoraConfig = LoraConfig()
     checkpoint_every: NonNegativeInt = 0
     keep_checkpoints: PositiveInt = 2
     keep_best: NonNegativeInt = 0

@@ -69,7 +69,7 @@ class _BlockedLogprobs(torch.autograd.Function):
         temperature, softcap = ctx.settings
         of_logprobs, of_entropy = (None if grad is None else grad[:, None] / temperature for grad in grads)
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        grad_weight = torch.empty_like(weight)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # frozen beside adapters
         kept, ctx.kept = ctx.kept[::-1], []  # overwritten below: a second pass has to compute them again
         for block in ctx.blocks:
             scaled = kept.pop() if kept else _scaled_logits(hidden, weight[block], temperature, softcap)
@@ -82,7 +82,8 @@ class _BlockedLogprobs(torch.autograd.Function):
                 grad_logits *= slope
             grad_logits = grad_logits.to(hidden.dtype)
             _add_product(grad_hidden, grad_logits, weight[block])
-            torch.mm(grad_logits.t(), hidden, out=grad_weight[block])
+            if grad_weight is not None:
+                torch.mm(grad_logits.t(), hidden, out=grad_weight[block])
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 

@@ -1,6 +1,6 @@
 """The policy: any transformers causal language model under FSDP2, from token ids to log-probabilities."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from learner.config import LoraConfig
 from learner.logprobs import token_logprobs
+from learner.lora import LoraLayers, add_lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling")
@@ -29,6 +31,7 @@ class ModelOptions:
     attention: Literal["sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
     compile: bool = False
     offload: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 class PolicyModel(nn.Module):
@@ -44,6 +47,7 @@ class PolicyModel(nn.Module):
         self.temperature = temperature
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.device = torch.device("cpu")
+        self.lora: LoraLayers | None = None
         self.softcap: float | None = getattr(causal_lm.config, "final_logit_softcapping", None)
         _check_head(causal_lm)
 
@@ -76,10 +80,13 @@ class PolicyModel(nn.Module):
 def build_model(model_path: str | Path, options: ModelOptions) -> PolicyModel:
     """Load a model with fp32 masters and shard it over all ranks of the process group, which must exist.
 
-    Raises: ValueError, in one line, if transformers cannot load a causal language model from there.
+    Raises: ValueError, in one line, if transformers cannot load a causal language model from there, or it has no such
+        layers as are to be adapted.
     """
     causal_lm = load_causal_lm(model_path, options.attention)
     policy = PolicyModel(causal_lm, options.temperature, options.logprob_chunk_tokens)
+    if options.lora.is_on:
+        policy.lora = add_lora(causal_lm, decoder_layers(causal_lm), options.lora, DTYPES[options.dtype])
     if options.compile:
         _compile(causal_lm)
     if options.gradient_checkpointing:
@@ -146,6 +153,11 @@ def hidden_matrices(policy: PolicyModel) -> list[nn.Parameter]:
     dimensions."""
     layers = decoder_layers(policy.causal_lm)
     return [parameter for layer in layers for parameter in layer.parameters() if parameter.ndim == 2]
+
+
+def num_trainable(policy: PolicyModel) -> int:
+    """Parameters that are trained, over all ranks; shared ones once."""
+    return sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
 
 
 def decoder_layers(causal_lm: PreTrainedModel) -> list[nn.Module]:

@@ -46,7 +46,8 @@ def _like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 class MuonWithAdamW(Optimizer):
-    """One optimizer for schedules and checkpoints: the first group is Muon's, the second AdamW's.
+    """One optimizer for schedules and checkpoints: the first group is Muon's, the second AdamW's, if there is anything
+    for it; beside adapters there is not.
 
     Muon's updates are scaled to the root mean square of AdamW's, so that one rate and one weight decay serve both.
     Source: Jordan et al., Muon (2024), through torch.optim.Muon; scaling: Liu et al. (arXiv:2502.16982).
@@ -61,14 +62,15 @@ class MuonWithAdamW(Optimizer):
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        """Raises: ValueError if there is no matrix, or nothing else."""
+        """Raises: ValueError if there is no matrix."""
         chosen = list(matrices)
         known = set(map(id, chosen))
         others = [parameter for parameter in parameters if id(parameter) not in known]
-        self._parts: tuple[Optimizer, Optimizer] = (
-            ShardedMuon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay),
-        )
+        self._parts: list[Optimizer] = [
+            ShardedMuon(chosen, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        ]
+        if others:
+            self._parts.append(AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
 
     @torch.no_grad()

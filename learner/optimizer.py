@@ -19,8 +19,9 @@ def build_optimizer(
 ) -> tuple[Optimizer, LambdaLR]:
     """AdamW (arXiv:1711.05101), or Muon beside it, and a scheduler whose rate for step s is `lr · lr_factor(s)`.
 
-    Args: parameters: all of them. matrices: those that `muon` is for, if it is chosen.
+    Args: parameters: all of them; frozen ones are left alone. matrices: those that `muon` is for, if it is chosen.
     """
+    parameters, matrices = ([each for each in given if each.requires_grad] for given in (parameters, matrices))
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "muon":
         optimizer: Optimizer = MuonWithAdamW(parameters, matrices, **settings)

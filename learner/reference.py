@@ -6,16 +6,25 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from databus.codec import Array
 from databus.groups import Group
 from learner.config import LossConfig
 from learner.divergence import divergence
+from learner.lora import adapters_off
 from learner.model import ModelOptions, PolicyModel, build_model
+from learner.scoring import score
 from learner.sequences import Sequence
 
 
 def build_reference(model_path: str, options: ModelOptions) -> PolicyModel:
     """The model that the run started from, also in a run that resumes, sharded like the policy."""
     return build_model(model_path, options).requires_grad_(False)
+
+
+def score_reference(reference: PolicyModel, sequences: Items[Sequence], max_tokens: int) -> list[Array]:
+    """As `score`, by the initial model: where the reference has adapters, it is the policy, without them."""
+    with adapters_off(reference.lora):
+        return score(reference, sequences, max_tokens)
 
 
 def penalised(groups: Items[Group], sequences: Items[Sequence], config: LossConfig) -> list[Group]:

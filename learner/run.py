@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from databus.keys import ServerKeys
+from learner.adapter_snapshot import AdapterSnapshotter
 from learner.advantage_function import AdvantageFunction
 from learner.batch import BatchFeed
 from learner.bus import BrokerLink, Bus, RunStoppedError
@@ -111,12 +112,18 @@ def process_group(device: str, timeout_s: float) -> Iterator[None]:
 def start_step_of(config: LearnerConfig, run: LearnerRun) -> int:
     if run.resume_from is None:
         return 0
-    step = read_trainer_state(run.resume_from).step
-    if step > config.steps:
+    state = read_trainer_state(run.resume_from)
+    if state.step > config.steps:
         raise ValueError(
-            f"learner.steps is {config.steps}, but {run.resume_from} has taken {step}: allowed is {step} or more"
+            f"learner.steps is {config.steps}, but {run.resume_from} has taken {state.step}: allowed is {state.step} "
+            "or more"
         )
-    return step
+    if state.lora != config.lora and (state.lora.is_on or config.lora.is_on):
+        raise ValueError(
+            f"checkpoint {run.resume_from} has {state.lora}, this run {config.lora}: go on with "
+            "the settings of the checkpoint"
+        )
+    return state.step
 
 
 def set_up_torch(config: LearnerConfig, seed: int) -> None:
@@ -153,12 +160,18 @@ def _build(
         policy=policy,
         train_step=train_step,
         feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
-        snapshotter=Snapshotter(policy.causal_lm, run.serving_dtype, rank),
+        snapshotter=_snapshotter(policy, run, rank),
         saver=_saver(config, run, stack),
         copies=_copies(config, run, start_step, stack),
         first_rank=first_rank,
         probe=run.probe,
     )
+
+
+def _snapshotter(policy: PolicyModel, run: LearnerRun, rank: int) -> Snapshotter | AdapterSnapshotter:
+    if policy.lora is not None:
+        return AdapterSnapshotter(policy.lora, rank)
+    return Snapshotter(policy.causal_lm, run.serving_dtype, rank)
 
 
 def _saver(config: LearnerConfig, run: LearnerRun, stack: ExitStack) -> CheckpointSaver:
@@ -192,11 +205,14 @@ def build_train_step(config: LearnerConfig, run: LearnerRun, start_step: int) ->
         attention=config.attention,
         compile=config.compile,
         offload=config.offload,
+        lora=config.lora,
     )
     policy = build_model(run.model, options)
     optimizer, scheduler = build_optimizer(policy.parameters(), config, hidden_matrices(policy))
     if run.resume_from is not None:
         load_checkpoint(run.resume_from, policy.causal_lm, optimizer)
         resume_schedule(scheduler, start_step)
-    reference = build_reference(run.model, options) if config.loss.kl_coef > 0 else None
+    reference = None
+    if config.loss.kl_coef > 0:
+        reference = policy if config.lora.is_on else build_reference(run.model, options)
     return policy, TrainStep(policy, optimizer, scheduler, config, reference, run.advantage_function)

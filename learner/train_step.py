@@ -20,7 +20,7 @@ from learner.model import PolicyModel, reshard
 from learner.optimizer import clip_gradients
 from learner.overlong import without_overlong
 from learner.packing import MicroBatch, plan_microbatches
-from learner.reference import penalised
+from learner.reference import penalised, score_reference
 from learner.scoring import score
 from learner.sequences import Sequence, sequences_of, weighted, with_advantages
 
@@ -39,8 +39,8 @@ class TrainStep:
         reference: PolicyModel | None = None,
         advantage_function: AdvantageFunction | None = None,
     ) -> None:
-        """Args: reference: the frozen initial model, where `loss.kl_coef` is above 0. advantage_function: the one that
-        `advantage.estimator` names, if it names one."""
+        """Args: reference: where `loss.kl_coef` is above 0, the frozen initial model; with adapters, the policy.
+        advantage_function: the one that `advantage.estimator` names, if it names one."""
         self._policy = policy
         self.optimizer = optimizer
         self._scheduler = scheduler
@@ -84,7 +84,7 @@ class TrainStep:
         sequences = sequences_of(groups, step, advantage.mask_truncated)
         groups = without_overlong(groups, advantage.overlong_tokens, advantage.overlong_cache_tokens)
         if self._reference is not None:
-            reference = score(self._reference, sequences, max_tokens)
+            reference = score_reference(self._reference, sequences, max_tokens)
             sequences = [replace(s, reference=values) for s, values in zip(sequences, reference, strict=True)]
             if config.loss.kl_in == "reward":
                 groups = penalised(groups, sequences, config.loss)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from databus.messages import Position, PositionRequest, StepDone, VersionPublished
+from learner.adapter_snapshot import AdapterSnapshotter
 from learner.batch import BatchFeed
 from learner.bus import BrokerLink
 from learner.checkpoint import state_tensors
@@ -13,7 +14,7 @@ from learner.checkpoint_folder import TrainerState, oldest_checkpoint
 from learner.checkpoint_saver import CheckpointSaver
 from learner.config import LearnerConfig
 from learner.memory_copies import MemoryCopies
-from learner.model import PolicyModel
+from learner.model import PolicyModel, num_trainable
 from learner.probe import score_probe
 from learner.snapshot import Snapshotter
 from learner.train_step import TrainStep
@@ -48,7 +49,7 @@ class Trainer:
     policy: PolicyModel
     train_step: TrainStep
     feed: BatchFeed
-    snapshotter: Snapshotter
+    snapshotter: Snapshotter | AdapterSnapshotter
     saver: CheckpointSaver
     copies: MemoryCopies | None
     first_rank: FirstRank | None
@@ -87,6 +88,7 @@ class Trainer:
         metrics["learner/tokens_per_s"] = metrics["learner/num_tokens"] / (trained - got)
         metrics["learner/publish_s"] = time.perf_counter() - trained
         metrics["learner/save_s"], self.save_s = self.save_s, 0.0
+        metrics["learner/num_trainable"] = float(num_trainable(self.policy))
         if self.first_rank is not None:
             self.first_rank.broker.send(StepDone(step=step, metrics=metrics))
             logger.info("step %d: %.0f tokens in %.2f s", step, metrics["learner/num_tokens"], trained - got)
@@ -123,7 +125,13 @@ class Trainer:
         self.save_s += time.perf_counter() - began
 
     def _state(self, steps_done: int, position: Position | None) -> TrainerState:
-        return TrainerState(step=steps_done, model=self.model, world_size=self.world_size, position=position)
+        return TrainerState(
+            step=steps_done,
+            model=self.model,
+            world_size=self.world_size,
+            position=position,
+            lora=self.config.lora,
+        )
 
     def _position(self, steps_done: int) -> Position | None:
         """Where the data stands; only rank 0 needs it, which writes it down."""

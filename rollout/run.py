@@ -19,6 +19,7 @@ from rollout.engine.base import Engine
 from rollout.engine.factory import make_engine
 from rollout.history_in import HistoryReader
 from rollout.lease_work import LeaseWork
+from rollout.merging import MergingPull
 from rollout.scoring_process import prepare_scoring
 from rollout.versions import Pull
 from rollout.weights_in import pull_snapshot
@@ -92,7 +93,7 @@ async def _serve(
             group_size=run.group_size,
             max_sequences=config.max_sequences,
             ahead=config.ahead,
-            pull=run.pull,
+            pull=MergingPull(run.pull, run.model, config.dtype),
             drain_s=config.drain_s,
         )
         on_signal.append(lambda number: _told(worker, number))

@@ -117,7 +117,7 @@ class VersionFollower:
                         version=target.version,
                         pause_s=report.pause_s,
                         sync_s=time.monotonic() - started,
-                        received_bytes=snapshot.manifest.num_bytes,
+                        received_bytes=target.num_bytes,
                         mismatch=report.mismatch,
                     )
                 )

@@ -20,9 +20,10 @@ def execute(args: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from learner.export import export_checkpoint
+    from rollout.merging import merge
 
     disable_progress_bar()
-    export_checkpoint(checkpoint, config.model, out, config.rollout.dtype)
+    export_checkpoint(checkpoint, config.model, out, config.rollout.dtype, merge=merge)
     sys.stdout.write(f"{checkpoint.name} of {folder.path} is now {out}\n")
     return 0
 

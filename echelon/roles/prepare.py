@@ -33,10 +33,12 @@ def prepare(folder: RunFolder) -> None:
     load_reward(config.reward.function, folder.path)
     load_advantage(config, folder.path)
 
-    from echelon.model_check import check_devices, check_end_tokens, check_model, load_tokenizer
+    from echelon.model_check import check_adapters, check_devices, check_end_tokens, check_model, load_tokenizer
 
     check_devices(config)
     vocab_size = check_model(config)
+    if config.learner.lora.is_on:
+        check_adapters(config)
     tokenizer = load_tokenizer(config)
     check_end_tokens(config.model, end_token_ids(config.model), vocab_size)
     if config.rollout.reasoning.thinking_tokens > 0:

@@ -96,12 +96,15 @@ class Completion:
 class Snapshot:
     """Checked weights of one version: the manifest, and its flat buffer in anonymous shared memory (`fd`).
 
-    Whoever pulled it closes it, once the engine has taken it over.
+    Whoever pulled it closes it, once the engine has taken it over. changed: names of the tensors whose bits differ from
+    those of `base_version`; None, as `base_version` is then: not known, any may.
     """
 
     version: int
     manifest: Manifest
     fd: int
+    base_version: int | None = None
+    changed: frozenset[str] | None = None
 
     def map(self) -> mmap.mmap:
         """The buffer, read-only."""

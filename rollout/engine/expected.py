@@ -23,6 +23,10 @@ class ExpectedTensors:
                 self._shapes[part] = tuple(shaped.shape)
                 self._identities[part] = (id(tensor), index)
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
     @classmethod
     def of(cls, model: str) -> "ExpectedTensors":
         """Of a folder or hub id, without loading weights."""

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -6,11 +7,14 @@ import torch
 from learner_script import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from learner import export
 from learner.config import LearnerConfig
-from learner.export import export_checkpoint
 from learner.model import load_causal_lm
 from learner.snapshot import Snapshot
 from learner.weights_out import WeightServer
+from rollout.merging import merge
+
+export_checkpoint = partial(export.export_checkpoint, merge=merge)
 
 
 @pytest.fixture(scope="module")

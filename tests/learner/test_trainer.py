@@ -24,6 +24,7 @@ REQUIRED_METRICS = {
     "learner/lr",
     "learner/publish_s",
     "learner/save_s",
+    "learner/num_trainable",
     "learner/num_tokens",
     "loss/policy",
     "loss/entropy",

@@ -100,6 +100,7 @@ FORMS = {
         "advantage.estimator=reinforce++",
     ),
     "muon": ("optimizer=muon", "lr=1e-3", "weight_decay=0.1"),
+    "lora": ("lora.rank=4", "loss.kl_coef=0.1", "lr=1e-2"),
     "reward": ("loss.kl_coef=0.1", "loss.kl_in=reward", "advantage.mask_truncated=true", "microbatch_tokens=30"),
 }
 
@@ -112,6 +113,22 @@ def test_four_ranks_give_the_curve_of_one(
         settings = ("steps=3", "lr=1e-3", "microbatch_tokens=100", *FORMS[form])
         run_ranks(ranks, [str(tiny_model), str(tmp_path / str(ranks)), str(tmp_path / f"{ranks}.json"), "-", *settings])
     assert_same_curve(curve(tmp_path, "4"), curve(tmp_path, "1"))
+
+
+def test_adapters_resume_on_other_ranks(run_ranks: Callable[..., None], tiny_model: Path, tmp_path: Path) -> None:
+    settings = (*SETTINGS, "lora.rank=4", "optimizer=muon")
+    for name, ranks, resume_from in (("two", 2, "-"), ("one", 1, str(tmp_path / "two/step-000002"))):
+        run_ranks(
+            ranks, [str(tiny_model), str(tmp_path / name), str(tmp_path / f"{name}.json"), resume_from, *settings]
+        )
+    (ours,), (*_, theirs) = curve(tmp_path, "one"), curve(tmp_path, "two")
+    for name in ours.keys() - CLOCKS:
+        assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=1e-3), name  # bfloat16
+    own, other = (weights(tmp_path / name / "step-000003") for name in ("one", "two"))
+    assert all("lora_" in name for name in own)
+    assert own.keys() == other.keys()
+    for name, tensor in own.items():
+        assert torch.allclose(tensor, other[name], atol=2e-4), name
 
 
 def test_checkpoints_hold_the_same_weights(folder: Path, tiny_model: Path) -> None:

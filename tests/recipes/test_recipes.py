@@ -99,3 +99,23 @@ def test_gsm8k_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) ->
     assert len(prompts) == 12
     assert prompts[0]["prompt"].endswith("\\boxed{}.\n#") and "Tom has 0 apples" in prompts[0]["prompt"]
     assert prompts[0]["problem"]["answer"].endswith("#### 1")
+
+
+@pytest.mark.slow
+def test_lora_runs_two_steps(tiny_model: Path, tmp_path: Path) -> None:
+    """The real recipe with the demo's reward; the model is the tests', whose tokenizer knows sums."""
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n}+{n}=", "answer": str(2 * n)}) + "\n" for n in range(1, 9)))
+    run_dir = tmp_path / "run"
+    settings = [
+        f"model={tiny_model}", f"data.train={data}", f"data.eval={data}", "rollout.engine=small",
+        "rollout.max_sequences=16", "rollout.context_tokens=64", "rollout.max_tokens=8", "learner.steps=2",
+        "group_size=2", "batch_groups=2", "eval.every=2",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "echelon", "run", "recipes/grpo_lora.py", "--run-dir", str(run_dir), *settings]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    assert metrics[0]["learner/num_trainable"] > 0
+    assert "eval/accuracy" in metrics[-1]

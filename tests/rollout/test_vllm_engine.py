@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,9 +16,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import xxhash
 from msgspec import structs
 
-from databus.messages import Sampling
+from databus.messages import AdaptedWeight, Adapter, Sampling
 from rollout.config import ReasoningConfig, RolloutConfig
 from rollout.engine.base import (
     Completion,
@@ -30,6 +32,7 @@ from rollout.engine.base import (
 )
 from rollout.engine.reasoning import ReasoningEngine
 from rollout.engine.vllm_engine import VllmEngine
+from rollout.merging import MergingPull
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -238,6 +241,39 @@ def test_requests_without_a_token_begin_anew_after_an_update(
         count = int((completion.versions == version).sum())
         expected = reference(old, LONG_PROMPT, completion, 1.0)
         np.testing.assert_allclose(completion.logprobs[:count], expected[:count], atol=TOLERANCE)
+
+
+def test_an_adapter_is_served_merged_with_the_folder(
+    served: Served,
+    tiny_model: Path,
+    tiny_weights: dict,
+    make_snapshot: Callable,
+    make_probe: Callable,
+    reference: Callable,
+) -> None:
+    """With what lies on disk, whatever is served; and the gate finds what the learner says beside its adapter."""
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight")
+    generator, version = torch.Generator().manual_seed(0), served.engine.version + 1
+    weights, factors, adapted = dict(tiny_weights), {}, []
+    for name in names:
+        base = tiny_weights[name].detach()
+        a, b = (0.3 * torch.randn(shape, generator=generator) for shape in ((4, base.shape[1]), (base.shape[0], 4)))
+        weights[name] = base + 0.5 * (b @ a)
+        factors |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+        adapted.append(AdaptedWeight(name=name, base_xxh3=xxhash.xxh3_64_intdigest(base.numpy().data)))
+    pulled = make_snapshot(factors, version, make_probe(weights))
+    manifest = structs.replace(pulled.manifest, adapter=Adapter(scale=0.5, weights=tuple(adapted)))
+    pull = MergingPull(lambda *_: replace(pulled, manifest=manifest), str(tiny_model), "float32")
+
+    async def scenario() -> tuple[UpdateReport, list[Completion]]:
+        report = await served.update(pull("ipc://unused", version, 0, threading.Event()), weights)
+        return report, await served.engine.generate(request("merged"))
+
+    report, completions = served.run(scenario())
+    assert report.mismatch is not None and report.mismatch.kl < 1e-8
+    for completion in completions:
+        assert (completion.versions == version).all()
+        np.testing.assert_allclose(completion.logprobs, reference(weights, PROMPT, completion, 1.0), atol=TOLERANCE)
 
 
 def test_budgets_of_thinking_and_solution(
