@@ -28,6 +28,7 @@ from rewards.jail.checks import split
 
 ANSWER = struct.Struct("<ci?dd")
 """`DONE`; exit code, as Python's subprocess gives it; whether it was killed for its time; seconds; seconds of CPU."""
+EXIT_CODE = struct.Struct("<i")
 REQUEST = struct.Struct("<cd")
 """What to run, `PROGRAM` or `CHECKS`; its time limit in seconds. File descriptors: the code, stdin, stdout, stderr."""
 PROGRAM, CHECKS = b"p", b"c"
@@ -35,7 +36,7 @@ DONE = b"="
 FAULT = b"!"
 """An answer that begins with it is a text: the sandbox failed, not the snippet."""
 NUM_FILES = 4
-USEFUL = ("bisect", "collections", "copy", "functools", "heapq", "itertools", "math", "operator", "re", "string")
+USEFUL = ("bisect", "collections", "copy", "functools", "heapq", "itertools", "math", "operator", "re", "string", "threading")
 """Most snippets import them: loaded once."""
 
 
@@ -89,10 +90,10 @@ def serve(sock: socket.socket, room: "rooms.Room") -> Callable[[], None] | None:
     late, cpu_s = wait(child, sock, request[1], room)
     report = os.read(reading, 4096)
     os.close(reading)
-    if report.startswith(FAULT):
+    if report and len(report) != EXIT_CODE.size:
         sock.send(report)
     else:
-        code = struct.unpack("<i", report)[0] if len(report) == 4 else -signal.SIGKILL
+        code = EXIT_CODE.unpack(report)[0] if report else -signal.SIGKILL
         sock.send(ANSWER.pack(DONE, code, late, time.monotonic() - started, cpu_s))
     return None
 
@@ -161,7 +162,7 @@ def descend(report: int | None) -> None:
             if pid == child:
                 break
         if report is not None:
-            os.write(report, struct.pack("<i", os.waitstatus_to_exitcode(status)))
+            os.write(report, EXIT_CODE.pack(os.waitstatus_to_exitcode(status)))
         os._exit(0)
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     if select.select([above], [], [], 0)[0]:  # it ended before it could take us along
