@@ -150,9 +150,9 @@ def links(secret: Path) -> list[Snippet]:
         *(attempt("symlink", f"os.link({t!r}, '/tmp/hard')") for t in targets[:3]),
         *(attempt("symlink", f"os.rename({t!r}, '/tmp/moved')") for t in (*targets[:3], "/usr", "/lib", "/tmp")),
         *(attempt("symlink", f"os.symlink('/etc', {place!r})") for place in ("/x", "/usr/x", "/lib/x", "/dev/x", "/root/x")),
-        *(attempt("descriptors", f"os.read({number}, 1)") for number in range(3, 43)),
-        *(attempt("descriptors", f"os.write({number}, b'x')") for number in range(3, 43)),
-        *(attempt("descriptors", f"os.fstat({number})") for number in range(3, 43)),
+        *(attempt("descriptors", f"os.read({number}, 1)") for number in range(3, 60)),
+        *(attempt("descriptors", f"os.write({number}, b'x')") for number in range(3, 60)),
+        *(attempt("descriptors", f"os.fstat({number})") for number in range(3, 60)),
     ]  # fmt: skip
 
 
