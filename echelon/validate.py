@@ -8,6 +8,7 @@ from pathlib import Path
 from databus.address import check_address
 from databus.keys import PEERS, client_keys, server_keys
 from echelon.config import RunConfig
+from echelon.generated_rows import check_generated, is_generated
 from learner.checks import check_learner
 from rewards.resolve import check_reward
 from rollout.config import NoCurriculum, PassRateBand
@@ -149,6 +150,9 @@ def _check_data_source(key: str, source: str) -> None:
     if not source and key == "data.train":
         raise ValueError("data.train names no problems: set it to a JSONL or Parquet file, or a hub id")
     if not source:
+        return
+    if is_generated(source):
+        check_generated(key, source)
         return
     path = Path(source).expanduser()
     if path.is_dir():

@@ -20,7 +20,7 @@ from rewards.config import JudgeConfig, RewardConfig
 from rewards.errors import RewardError
 from rewards.sample import Sample
 
-_mark = re.compile(r"mark\W{1,9}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_mark = re.compile(r"mark[^\w-]{1,9}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _lone_number = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*\d+\s*)?\.?\s*")
 LONGEST_KEPT = 80
 CACHE_WAIT_S = 5.0

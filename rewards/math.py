@@ -39,16 +39,20 @@ def math_reward(sample: Sample) -> float:
 
     gold = list(_parse_reference(_reference_answer(sample.problem)))
     if not gold:
-        raise ValueError(f"problem['answer'] = {sample.problem['answer']!r} has no answer to compare with")
+        raise ValueError(f"problem['answer'] = {_reference_answer(sample.problem)!r} has no answer to compare with")
     marked = FINAL_ANSWER_MARK in sample.completion
     predicted = _parse_answer(_after_mark(sample.completion)) if marked else _parse(sample.completion)
     return float(verify(gold, predicted, timeout_seconds=_timeout())) if predicted else 0.0
 
 
 def _reference_answer(problem: dict[str, Any]) -> str:
-    if "answer" not in problem:
-        raise ValueError(f"the math reward needs a field 'answer'; the problem has: {', '.join(problem) or 'none'}")
-    return _after_mark(str(problem["answer"]))
+    """The field `answer` or, in the schema of verl's data sets, `reward_model.ground_truth`."""
+    if "answer" in problem:
+        return _after_mark(str(problem["answer"]))
+    nested = problem.get("reward_model")
+    if isinstance(nested, dict) and "ground_truth" in nested:
+        return _after_mark(str(nested["ground_truth"]))
+    raise ValueError(f"the math reward needs a field 'answer'; the problem has: {', '.join(problem) or 'none'}")
 
 
 @lru_cache(maxsize=1024)
