@@ -2,8 +2,8 @@
 
     echelon run recipes/dapo_math.py rollout.device=cuda learner.device=cuda learner.ranks=4
 
-Not yet run at this size: tested for two steps with a tiny model on a file in the data set's schema. Needs 8 GPUs of 80 GB.
-The data set's `prompt` is a chat and its `reward_model` holds the answer: `data.prompt` and `math` take both as they are.
+Not yet run at this size: tested for two steps with a tiny model on a file in the data set's schema. Needs 8 GPUs of
+80 GB. The data set's `prompt` is a chat and its `reward_model` holds the answer: both are taken as they are.
 Settings: arXiv:2503.14476, section 4; their answers run to 20,480 tokens.
 """
 

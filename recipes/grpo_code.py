@@ -2,9 +2,9 @@
 
     echelon run recipes/grpo_code.py rollout.device=cuda learner.device=cuda
 
-Not yet run at this size: tested for two steps with a tiny model on a file in MBPP's schema. Needs one or two NVIDIA GPUs,
-the hub, and a kernel that lets users make namespaces (docs/guide/sandbox.md). Other data: `input_output` of APPS and
-TACO, or `tests`.
+Not yet run at this size: tested for two steps with a tiny model on a file in MBPP's schema. Needs one or two NVIDIA
+GPUs, the hub, and a kernel that lets users make namespaces (docs/guide/sandbox.md). Other data: `input_output` of APPS
+and TACO, or `tests`.
 """
 
 from echelon.config import DataConfig, EvalConfig, RunConfig

@@ -2,8 +2,8 @@
 
     echelon run recipes/grpo_reasoning_gym.py rollout.device=cuda learner.device=cuda
 
-Not yet run at this size: tested for two steps with a tiny model. Needs one or two NVIDIA GPUs; the problems are generated
-when the run starts. Other tasks: `data.train=reasoning_gym:countdown,mini_sudoku`, and the same for `data.eval`.
+Not yet run at this size: tested for two steps with a tiny model. Needs one or two NVIDIA GPUs; the problems are
+generated when the run starts. Other tasks: `data.train=reasoning_gym:countdown,mini_sudoku`, `data.eval` likewise.
 """
 
 from echelon.config import DataConfig, EvalConfig, RunConfig

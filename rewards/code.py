@@ -30,8 +30,8 @@ def code_reward(config: RewardConfig) -> Callable[[Sample], float]:
     The program is the last fenced block, or, without one, the whole completion. The tests are found in the problem's
     `test_list` (MBPP), `input_output` (APPS, TACO) or `tests`; see `read_tests`.
 
-    Raises: ValueError where the sandbox that was asked for cannot be had. The function: ValueError for a problem without
-        tests or whose tests cannot be run, SandboxError.
+    Raises: ValueError where the sandbox that was asked for cannot be had. The function: ValueError for a problem
+        without tests or whose tests cannot be run; SandboxError.
     """
     sandbox = Sandbox(config.sandbox)
     sandbox.start()
@@ -128,11 +128,15 @@ def _from_input_output(value: Any, problem: dict[str, Any]) -> Tests:
         raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs: a test case is missing")
     name = value.get("fn_name")
     if not name:
-        return Tests(cases=tuple((as_text(given), as_text(wanted)) for given, wanted in zip(inputs, outputs, strict=True)))
+        return Tests(
+            cases=tuple((as_text(given), as_text(wanted)) for given, wanted in zip(inputs, outputs, strict=True))
+        )
     if not str(name).isidentifier():
         raise ValueError(f"fn_name is {name!r}")
     pairs = zip(inputs, outputs, strict=True)
-    return Tests(checks=tuple(f"assert plain({name}(*{given!r})) == plain({wanted!r})" for given, wanted in pairs), setup=PLAIN)
+    return Tests(
+        checks=tuple(f"assert plain({name}(*{given!r})) == plain({wanted!r})" for given, wanted in pairs), setup=PLAIN
+    )
 
 
 PLAIN = """

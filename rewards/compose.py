@@ -81,7 +81,9 @@ def load_parts(config: RewardConfig, base_dir: Path) -> list[LoadedPart]:
     names = [part.kind.name for part in loaded]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"reward.parts has {names.count(name)} parts named {name!r}: give each a `name` of its own")
+            raise ValueError(
+                f"reward.parts has {names.count(name)} parts named {name!r}: give each a `name` of its own"
+            )
     return loaded
 
 

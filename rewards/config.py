@@ -44,7 +44,7 @@ class FormatConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class LengthConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `length` reward: 1 from `min_tokens` to `max_tokens`, and less by 1 for each `slack_tokens` outside, down to 0.
+    """The `length` reward: 1 from `min_tokens` to `max_tokens`, falling to 0 over `slack_tokens` on either side.
 
     What ends for want of room is shaped by the learner: `learner.advantage.overlong_tokens`.
     """
@@ -58,7 +58,7 @@ class JudgeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """The `judge` reward: a model behind an OpenAI-compatible endpoint marks the completion.
 
     url: up to and with `/v1`. api_key_env: the environment variable that has the key; "": none is sent.
-    rubric: the user's message; {prompt}, {completion} and the fields of the data set's row are filled in. system: goes before.
+    rubric: the user's message; {prompt}, {completion} and the fields of the row are filled in. system: goes before it.
     max_mark: marks go from 0 to it; the reward is the mark's share of it.
     retries: after 429, a 5xx, a lost connection, a time-out, or an answer without a mark; with growing pauses.
     request_s: for one request. requests_per_s: of a worker, all its processes together; 0: no limit.

@@ -69,7 +69,7 @@ class Judge:
         self._next = 0.0
 
     async def score(self, sample: Sample) -> float:
-        """The mark as a share of `max_mark`. Raises: JudgeError; ValueError where the rubric names no field of a row."""
+        """The mark as a share of `max_mark`. Raises: JudgeError; ValueError where the rubric does not fit the row."""
         messages = self._messages(sample)
         key = hashlib.sha256(repr((self._config.model, self._config.temperature, messages)).encode()).hexdigest()
         known = self._marks.get(key)
@@ -119,7 +119,13 @@ class Judge:
                     temperature=self._config.temperature,
                 )
                 return answer.choices[0].message.content or ""
-            except (OpenAIError, ValueError, LookupError, AttributeError, TypeError) as error:  # or no such answer at all
+            except (
+                OpenAIError,
+                ValueError,
+                LookupError,
+                AttributeError,
+                TypeError,
+            ) as error:  # or no such answer at all
                 raise JudgeError(f"the judge at {self._config.url} failed: {one_line(error)}") from None
 
     async def _turn(self) -> None:

@@ -58,7 +58,10 @@ class RewardPool:
         calls = [self._score_part(place, kind, samples) for place, kind in enumerate(self._kinds)]
         by_part = await _all_or_none(calls)
         try:
-            return [to_parts({name: value for part in each for name, value in part.items()}) for each in zip(*by_part, strict=True)]
+            return [
+                to_parts({name: value for part in each for name, value in part.items()})
+                for each in zip(*by_part, strict=True)
+            ]
         except ValueError as error:
             raise RewardError(f"the sum of the reward's parts: {error}") from None
 
@@ -145,7 +148,7 @@ def _describe_parts() -> tuple[list[PartKind], str]:
 
 
 def _score(place: int, samples: list[Sample]) -> tuple[list[Parts], str, float]:
-    """(parts of each, "", seconds) or ([], error, seconds): text, for an exception of the user's may not be picklable."""
+    """(parts of each, "", seconds) or ([], error, seconds): text, for an exception of the user's may not pickle."""
     if _error or _loop is None:
         return [], _error, 0.0
     started = time.perf_counter()

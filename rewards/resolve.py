@@ -64,8 +64,8 @@ def check_reward(config: RewardConfig) -> None:
         raise ValueError(f"reward.function is {config.function!r} and reward.parts is set too: set one of them")
     if "code" in references(config) and config.code.total_s >= config.timeout_s:
         raise ValueError(
-            f"reward.code.total_s is {config.code.total_s:g}, but after reward.timeout_s={config.timeout_s:g} a completion's "
-            "group fails: lower the one or raise the other"
+            f"reward.code.total_s is {config.code.total_s:g}, but after reward.timeout_s={config.timeout_s:g} a "
+            "completion's group fails: lower the one or raise the other"
         )
     if "judge" in references(config):
         from rewards.judge import check_judge

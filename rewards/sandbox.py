@@ -1,7 +1,7 @@
 """Runs generated code where it can do no harm; see docs/guide/sandbox.md.
 
-A keeper, a process of its own, is walled in once by bubblewrap, by namespaces, or only by limits, and starts every snippet
-in a child that it kills with all below it. What comes back is bytes and an exit code; expected outputs never go there.
+A keeper, a process of its own, is walled in once by bubblewrap, by namespaces, or only by limits, and starts every
+snippet in a child that it kills with all below it. Bytes and an exit code come back; expected outputs never go there.
 """
 
 import json
@@ -34,9 +34,9 @@ SPARE_S = 10.0
 MAX_ANSWER = 4096
 ROOT = Path(__file__).resolve().parents[1]
 WARNING = (
-    "SANDBOX: this kernel or container lets us make no namespaces (%s): generated code runs with resource limits, without "
-    "network, processes of its own or sight of files outside Python's library where the kernel has seccomp and Landlock, "
-    "but with no other walls. Install bubblewrap or allow user namespaces; docs/guide/sandbox.md"
+    "SANDBOX: this kernel or container lets us make no namespaces (%s): generated code runs with resource limits and, "
+    "as far as the kernel has seccomp and Landlock, without network, other processes or files outside Python's "
+    "library, but with no other walls. Install bubblewrap or allow user namespaces; see docs/guide/sandbox.md"
 )
 
 

@@ -1,4 +1,4 @@
-"""Assertions about a solution, which runs in a process of its own: nothing that it prints, patches or ends passes a test.
+"""Assertions about a solution that runs in a process of its own: nothing that it prints or patches passes a test.
 
 The tests' process asks the solution's for names, attributes and calls, over pipes; values travel as tagged JSON, and
 only plain ones do. What is none, an object of a class, stays where it is, and can be asked for its attributes.
@@ -100,8 +100,8 @@ class Line:
     """JSON lines both ways over two pipes."""
 
     def __init__(self, reading: int, writing: int) -> None:
-        self._in = open(reading, "rb")
-        self._out = open(writing, "wb")
+        self._in = os.fdopen(reading, "rb")
+        self._out = os.fdopen(writing, "wb")
 
     def send(self, message: Any) -> None:
         self._out.write(json.dumps(message).encode() + b"\n")
@@ -119,7 +119,7 @@ class Line:
 
 
 class Solution:
-    """Runs the code, then does what it is asked: ["name", name], ["get", object, name], ["call", object, args, named]."""
+    """Runs the code, then answers: ["name", name], ["get", object, name], ["call", object, args, named]."""
 
     def __init__(self, reading: int, writing: int) -> None:
         self._line = Line(reading, writing)

@@ -2,12 +2,12 @@
 
     python -s -S -P -c 'from rewards.jail.keeper import main; main()' SOCKET SETTINGS
 
-It never sees an expected output. A snippet is forked from it, not executed, so that it starts in about 4 ms, with this
-interpreter's standard library; nothing else of ours is in it. The life of a snippet, where there are namespaces:
+It never sees an expected output. A snippet is forked from it, not executed, which spares Python's start; it has the
+standard library, and nothing of ours. The life of a snippet, where there are namespaces:
 
     keeper ── launcher: namespaces of processes and mounts ── first process: /tmp, reaps ── the snippet
 
-One that is killed takes all below it along; the keeper takes in who lost its parent, and answers only when none is left.
+One that is killed takes all below it along; the keeper takes in who lost its parent, and answers when none is left.
 """
 
 import contextlib
@@ -36,7 +36,19 @@ DONE = b"="
 FAULT = b"!"
 """An answer that begins with it is a text: the sandbox failed, not the snippet."""
 NUM_FILES = 4
-USEFUL = ("bisect", "collections", "copy", "functools", "heapq", "itertools", "math", "operator", "re", "string", "threading")
+USEFUL = (
+    "bisect",
+    "collections",
+    "copy",
+    "functools",
+    "heapq",
+    "itertools",
+    "math",
+    "operator",
+    "re",
+    "string",
+    "threading",
+)
 """Most snippets import them: loaded once."""
 
 
@@ -153,7 +165,7 @@ def start(
 
 
 def descend(report: int | None) -> None:
-    """Fork, and go on in the child, which ends with its parent. The parent reaps until the child has ended, says how."""
+    """Fork, and go on in the child, which ends with its parent; that one reaps until it has ended, says how."""
     above = os.pidfd_open(os.getpid())
     child = os.fork()
     if child > 0:
@@ -171,9 +183,9 @@ def descend(report: int | None) -> None:
 
 
 def open_streams() -> None:
-    sys.stdin = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stdin = os.fdopen(0, "r", encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def program(file: int) -> Callable[[], None]:

@@ -123,7 +123,7 @@ def refuse_system_calls(*, alone: bool) -> None:
 
 
 def see_only(folders: Sequence[str], devices: Sequence[str]) -> None:
-    """Landlock: read what lies in `folders`, use `devices`, and touch no other file. Raises: OSError where it is absent."""
+    """Landlock: read what lies in `folders`, use `devices`, touch no other file. Raises: OSError where it is absent."""
     version = _system_call(_LANDLOCK_CREATE, None, 0, 1)
     handled = (1 << (13 if version == 1 else 14 if version == 2 else 15)) - 1
     rules = _system_call(_LANDLOCK_CREATE, struct.pack("Q", handled), 8, 0)

@@ -1,8 +1,8 @@
-"""The walls: what a snippet can see and how much it may take. Made once by the keeper, furnished anew for every snippet.
+"""The walls: what a snippet can see and how much it may take. Made once by the keeper, furnished for every snippet.
 
 namespaces: users, mounts, network, names; a root of its own, read-only, with the interpreter's library and the
-system's shared libraries and nothing else. bubblewrap: it has made all that already. rlimits: only what a process may do
-to itself, limits, seccomp and Landlock.
+system's shared libraries and nothing else. bubblewrap: it has made all that already. rlimits: only what a process may
+do to itself: limits, seccomp and Landlock.
 """
 
 import contextlib

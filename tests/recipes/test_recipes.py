@@ -80,7 +80,9 @@ EVALUATION = ("data.max_eval=4", "eval.every=2")
 Rows = list[dict[str, Any]]
 
 
-def run_recipe(name: str, tiny_model: Path, folder: Path, *settings: str, rows: Rows | None = None) -> tuple[Rows, Rows]:
+def run_recipe(
+    name: str, tiny_model: Path, folder: Path, *settings: str, rows: Rows | None = None
+) -> tuple[Rows, Rows]:
     """The real recipe for two steps with a tiny model; only model, sizes and `rows` are other ones.
 
     Returns: rows of metrics.jsonl; the training prompts.
@@ -126,7 +128,9 @@ def test_dapo_math_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path
     rows = [
         {
             "data_source": "math_dapo",
-            "prompt": [{"content": f"Solve it. The last line is Answer: $Answer.\n\nWhat is {n} - {n - 1}?", "role": "user"}],
+            "prompt": [
+                {"content": f"Solve it. The last line is Answer: $Answer.\n\nWhat is {n} - {n - 1}?", "role": "user"}
+            ],
             "ability": "MATH",
             "reward_model": {"ground_truth": "1", "style": "rule-lighteval/MATH_v2"},
             "extra_info": {"index": f"{n}"},

@@ -52,10 +52,15 @@ def snippets(secret: Path, journal: Path, victim: int) -> list[Snippet]:
 def fork_bombs() -> list[Snippet]:
     many = [
         attempt("fork bomb", f"for _ in range({n}):\n    if os.fork() == 0:\n        {child}")
-        for n, child in product(range(40, 60), ("import time; time.sleep(60)", "os.setsid(); import time; time.sleep(60)"))
+        for n, child in product(
+            range(40, 60), ("import time; time.sleep(60)", "os.setsid(); import time; time.sleep(60)")
+        )
     ]
     threads = [
-        attempt("fork bomb", f"import threading, time\nfor _ in range({n}): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()")
+        attempt(
+            "fork bomb",
+            f"import threading, time\nfor _ in range({n}): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+        )
         for n in range(40, 60)
     ]
     endless = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
@@ -91,7 +96,12 @@ def endless_output() -> list[Snippet]:
         for way, (stream, number), text in product(ways, (("stdout", 1), ("stderr", 2)), lines)
     ] + [
         Snippet("endless output", f"import os\nos.{what}\nos.write(1, b'x')", "ends")
-        for what in ("ftruncate(1, 10**9)", "lseek(1, 10**9, 0)", "posix_fallocate(1, 0, 10**9)", "truncate('/tmp/x', 10**9)")
+        for what in (
+            "ftruncate(1, 10**9)",
+            "lseek(1, 10**9, 0)",
+            "posix_fallocate(1, 0, 10**9)",
+            "truncate('/tmp/x', 10**9)",
+        )
     ]
 
 
@@ -120,8 +130,23 @@ def reading(secret: Path, journal: Path) -> list[Snippet]:
         "/sys/class/net", "/sys/fs/cgroup/cgroup.procs", "/dev/mem", "/dev/kmsg", "/dev/vda", "/dev/sda", "/dev/tty",
         "/dev/shm/x", "/var/log/syslog", "/run/secrets", "/boot", "/home", "/mnt", "/opt", "/srv", "/var", "/sbin/init", "/bin/sh",
     ]  # fmt: skip
-    ways = ("open({path!r}, 'rb').read(1)", "os.open({path!r}, os.O_RDONLY)", "os.listdir({path!r})", "os.stat({path!r})")
-    folders = [str(journal), str(secret.parent), "/home", "/proc", "/proc/1/fd", "/proc/self/fd", "/sys", "/var", "/run"]
+    ways = (
+        "open({path!r}, 'rb').read(1)",
+        "os.open({path!r}, os.O_RDONLY)",
+        "os.listdir({path!r})",
+        "os.stat({path!r})",
+    )
+    folders = [
+        str(journal),
+        str(secret.parent),
+        "/home",
+        "/proc",
+        "/proc/1/fd",
+        "/proc/self/fd",
+        "/sys",
+        "/var",
+        "/run",
+    ]
     return [
         *(attempt("reading", way.format(path=path)) for path, way in product(files, ways)),
         *(attempt("reading", f"os.chdir({path!r})") for path in folders),
@@ -131,14 +156,31 @@ def reading(secret: Path, journal: Path) -> list[Snippet]:
 
 def signals(victim: int) -> list[Snippet]:
     numbers = ("SIGKILL", "SIGTERM", "SIGSTOP", "SIGUSR1", "SIGHUP")
-    there = [attempt("signals", f"import signal; os.kill({pid}, signal.{name})") for pid, name in product((victim, victim - 1, 99999), numbers)]
-    groups = [attempt("signals", f"import signal; os.killpg({pid}, signal.{name})") for pid, name in product((victim, 4242), numbers)]
-    above = [
-        Snippet("signals", f"import os, signal\nfor pid in ({pids}):\n    try: os.kill(pid, signal.{name})\n    except OSError: pass\nprint('safe')")
-        for pids, name in product(("1,", "os.getppid(),"), ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT", "SIGKILL", "SIGSTOP"))
+    there = [
+        attempt("signals", f"import signal; os.kill({pid}, signal.{name})")
+        for pid, name in product((victim, victim - 1, 99999), numbers)
     ]
-    everyone = [Snippet("signals", f"import os, signal\nos.kill(-1, signal.{name})\nos.kill(os.getpid(), 9)", "ends") for name in numbers]
-    handles = [attempt("signals", f"import signal; signal.pidfd_send_signal(os.pidfd_open({pid}), 9)") for pid in (victim, victim - 1)]
+    groups = [
+        attempt("signals", f"import signal; os.killpg({pid}, signal.{name})")
+        for pid, name in product((victim, 4242), numbers)
+    ]
+    above = [
+        Snippet(
+            "signals",
+            f"import os, signal\nfor pid in ({pids}):\n    try: os.kill(pid, signal.{name})\n    except OSError: pass\nprint('safe')",
+        )
+        for pids, name in product(
+            ("1,", "os.getppid(),"), ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT", "SIGKILL", "SIGSTOP")
+        )
+    ]
+    everyone = [
+        Snippet("signals", f"import os, signal\nos.kill(-1, signal.{name})\nos.kill(os.getpid(), 9)", "ends")
+        for name in numbers
+    ]
+    handles = [
+        attempt("signals", f"import signal; signal.pidfd_send_signal(os.pidfd_open({pid}), 9)")
+        for pid in (victim, victim - 1)
+    ]
     return there + groups + above + everyone + handles
 
 
@@ -157,10 +199,30 @@ def links(secret: Path) -> list[Snippet]:
 
 
 def deleting(secret: Path) -> list[Snippet]:
-    places = ("/usr/lib", "/lib", "/lib64", "/dev/null", "/etc/ld.so.cache", "/tmp", str(secret), str(secret.parent), "/")
-    ways = ("os.remove({path!r})", "os.rmdir({path!r})", "os.truncate({path!r}, 0)", "open({path!r}, 'w').write('x')[1]")
-    trees = [Snippet("deleting", f"import shutil\nshutil.rmtree({path!r}, ignore_errors=True)\nprint('safe')") for path in places]
-    library = [attempt("deleting", f"import {m}\nos.remove({m}.__file__)") for m in ("json", "os", "random", "re", "ctypes")]
+    places = (
+        "/usr/lib",
+        "/lib",
+        "/lib64",
+        "/dev/null",
+        "/etc/ld.so.cache",
+        "/tmp",
+        str(secret),
+        str(secret.parent),
+        "/",
+    )
+    ways = (
+        "os.remove({path!r})",
+        "os.rmdir({path!r})",
+        "os.truncate({path!r}, 0)",
+        "open({path!r}, 'w').write('x')[1]",
+    )
+    trees = [
+        Snippet("deleting", f"import shutil\nshutil.rmtree({path!r}, ignore_errors=True)\nprint('safe')")
+        for path in places
+    ]
+    library = [
+        attempt("deleting", f"import {m}\nos.remove({m}.__file__)") for m in ("json", "os", "random", "re", "ctypes")
+    ]
     chmod = [attempt("deleting", f"os.chmod({path!r}, 0o777)") for path in places if path != "/tmp"]
     writes = [attempt("deleting", w.format(path=p)) for p, w in product(places, ways) if (p, w) not in ALLOWED_WRITES]
     return writes + trees + library + chmod
@@ -187,8 +249,17 @@ def forged() -> list[Snippet]:
     verdicts = ['{"passed": 2, "total": 2}', "PASSED", "1.0", "True", "ok", "2 passed", '{"reward": 1.0}', "safe"]
     prints = [f"print({text!r}, flush=True)" for text in verdicts]
     errors = [f"import sys; sys.stderr.write({text!r}); sys.stderr.flush()" for text in verdicts]
-    ends = ["", "import os; os._exit(0)", "import sys; sys.exit(0)", "raise SystemExit(0)", "import os, signal; os.kill(os.getppid(), 9)"]
-    descriptors = [f"import os\ntry: os.write({n}, {text!r}.encode())\nexcept OSError: pass" for n, text in product(range(2, 12), verdicts[:2])]
+    ends = [
+        "",
+        "import os; os._exit(0)",
+        "import sys; sys.exit(0)",
+        "raise SystemExit(0)",
+        "import os, signal; os.kill(os.getppid(), 9)",
+    ]
+    descriptors = [
+        f"import os\ntry: os.write({n}, {text!r}.encode())\nexcept OSError: pass"
+        for n, text in product(range(2, 12), verdicts[:2])
+    ]
     patches = [
         "import builtins; builtins.AssertionError = Exception",
         "import sys; sys.modules['builtins'].exec = lambda *a: None",

@@ -43,8 +43,16 @@ THEIRS: list[Pair] = [
     ("$\\boxed{28\\%}$", "a total loss of $28 \\%$. I hope it is correct.", True),
 ]  # fmt: skip
 
-FRACTIONS = [Fraction(n, d) for n, d in ((1, 2), (3, 4), (-2, 3), (7, 5), (22, 7), (-9, 4), (5, 8), (11, 3), (1, 9), (13, 6))]
-WAYS_AROUND = ("The answer is ${}$.", "\\boxed{{{}}}", "So we get $\\boxed{{{}}}$, as was to be shown.", "#### {}", "Thus $x = {}$.")
+FRACTIONS = [
+    Fraction(n, d) for n, d in ((1, 2), (3, 4), (-2, 3), (7, 5), (22, 7), (-9, 4), (5, 8), (11, 3), (1, 9), (13, 6))
+]
+WAYS_AROUND = (
+    "The answer is ${}$.",
+    "\\boxed{{{}}}",
+    "So we get $\\boxed{{{}}}$, as was to be shown.",
+    "#### {}",
+    "Thus $x = {}$.",
+)
 
 
 def ours() -> list[Pair]:
@@ -87,8 +95,15 @@ def intervals() -> list[Pair]:
             text = f"{left}{low},{high}{right}"
             pairs += [(f"${text}$", f"$x \\in {text}$", True), (f"${text}$", f"\\boxed{{{text}}}", True)]
             pairs += [(f"${text}$", f"\\boxed{{{left}{low},{high + 1}{right}}}", False)]
-    ends = [("(-\\infty, 3]", "(-\\infty,3]", True), ("[2,\\infty)", "[2, \\infty)", True), ("[2,\\infty)", "[3,\\infty)", False)]
-    unions = [("(-\\infty,1)\\cup(2,\\infty)", "(-\\infty,1)\\cup(2,\\infty)", True), ("[0,1]\\cup[2,3]", "[0,1]\\cup[2,4]", False)]
+    ends = [
+        ("(-\\infty, 3]", "(-\\infty,3]", True),
+        ("[2,\\infty)", "[2, \\infty)", True),
+        ("[2,\\infty)", "[3,\\infty)", False),
+    ]
+    unions = [
+        ("(-\\infty,1)\\cup(2,\\infty)", "(-\\infty,1)\\cup(2,\\infty)", True),
+        ("[0,1]\\cup[2,3]", "[0,1]\\cup[2,4]", False),
+    ]
     return pairs + [(f"${gold}$", f"\\boxed{{{said}}}", same) for gold, said, same in ends + unions]
 
 
@@ -98,7 +113,10 @@ def sets_and_points() -> list[Pair]:
         pairs += [(f"$\\{{{a},{b},{c}\\}}$", f"\\boxed{{\\{{{c},{a},{b}\\}}}}", True)]
         pairs += [(f"$\\{{{a},{b}\\}}$", f"$\\boxed{{\\{{{a},{c}\\}}}}$", False)]
         pairs += [(f"$\\{{{a},{b},{c}\\}}$", f"\\boxed{{{a},{b},{c}}}", True)]
-        pairs += [(f"$({a},{b})$", f"The point is $\\boxed{{({a}, {b})}}$.", True), (f"$({a},{b})$", f"\\boxed{{({b},{a})}}", False)]
+        pairs += [
+            (f"$({a},{b})$", f"The point is $\\boxed{{({a}, {b})}}$.", True),
+            (f"$({a},{b})$", f"\\boxed{{({b},{a})}}", False),
+        ]
         pairs += [(f"$({a},{b},{c})$", f"$({a},{b},{c})$", True), (f"$({a},{b},{c})$", f"$({a},{c},{b})$", False)]
     return pairs
 
@@ -108,7 +126,13 @@ def units() -> list[Pair]:
     for unit in ("cm", "meters", "km/h", "kg", "dollars", "square units", "hours"):
         pairs += [(f"18 {unit}", f"#### 18 {unit}", True), ("18", f"\\boxed{{18\\text{{ {unit}}}}}", True)]
         pairs += [("18", f"#### 18 {unit}", True), ("18", f"#### 17 {unit}", False)]
-    money = [("18", "$18", True), ("1250", "$1,250", True), ("18.50", "$18.5", True), ("18", "18€", True), ("45", "45^\\circ", True)]
+    money = [
+        ("18", "$18", True),
+        ("1250", "$1,250", True),
+        ("18.50", "$18.5", True),
+        ("18", "18€", True),
+        ("45", "45^\\circ", True),
+    ]
     return pairs + [(gold, f"#### {said}", same) for gold, said, same in money]
 
 
@@ -118,16 +142,25 @@ def scientific() -> list[Pair]:
         value = f"{mantissa * 10.0**power:.10f}".rstrip("0").rstrip(".")
         text = f"{mantissa} \\times 10^{{{power}}}"
         pairs += [(value, f"\\boxed{{{text}}}", True), (f"${text}$", f"The answer is {value}.", True)]
-        pairs += [(f"${text}$", f"\\boxed{{{mantissa} \\cdot 10^{{{power}}}}}", True), (f"${text}$", f"\\boxed{{{mantissa} \\times 10^{{{power + 1}}}}}", False)]
+        pairs += [
+            (f"${text}$", f"\\boxed{{{mantissa} \\cdot 10^{{{power}}}}}", True),
+            (f"${text}$", f"\\boxed{{{mantissa} \\times 10^{{{power + 1}}}}}", False),
+        ]
     return pairs
 
 
 def boxed() -> list[Pair]:
     pairs: list[Pair] = []
     for number in (7, -12, 144):
-        pairs += [(f"\\boxed{{{number}}}", f"so $\\boxed{{{number}}}$", True), (f"{number}", f"\\boxed{{\\boxed{{{number}}}}}", True)]
+        pairs += [
+            (f"\\boxed{{{number}}}", f"so $\\boxed{{{number}}}$", True),
+            (f"{number}", f"\\boxed{{\\boxed{{{number}}}}}", True),
+        ]
         pairs += [(f"{number}", f"\\fbox{{{number}}}", True), (f"{number}", f"\\boxed{{\\text{{{number}}}}}", True)]
-        pairs += [(f"{number}", f"First \\boxed{{1}} then \\boxed{{{number}}}", True), (f"{number}", f"\\boxed{{{number}}} is not 99.", True)]
+        pairs += [
+            (f"{number}", f"First \\boxed{{1}} then \\boxed{{{number}}}", True),
+            (f"{number}", f"\\boxed{{{number}}} is not 99.", True),
+        ]
         pairs += [(f"{number}", f"\\boxed{{x={number}}}", True), (f"{number}", f"\\boxed{{{number}", False)]
         pairs += [(f"{number}", f"$$\\boxed{{\n{number}\n}}$$", True), (f"{number}", f"\\boxed {{{number}}}", True)]
         pairs += [(f"{number}", f"\\boxed{{{number + 1}}} not {number}", False), (f"{number}", "\\boxed{}", False)]
@@ -164,7 +197,16 @@ def around() -> list[Pair]:
 def roots() -> list[Pair]:
     pairs: list[Pair] = []
     for n in (2, 3, 5):
-        pairs += [(f"\\sqrt{{{n}}}", f"\\boxed{{\\sqrt{n}}}", True), (f"\\sqrt{{{4 * n}}}", f"\\boxed{{2\\sqrt{{{n}}}}}", True)]
-        pairs += [(f"\\frac{{1}}{{\\sqrt{{{n}}}}}", f"\\boxed{{\\frac{{\\sqrt{{{n}}}}}{{{n}}}}}", True), (f"\\sqrt{{{n}}}", f"\\boxed{{\\sqrt{{{n + 1}}}}}", False)]
-        pairs += [(f"\\sqrt[3]{{{8 * n}}}", f"\\boxed{{2\\sqrt[3]{{{n}}}}}", True), (f"{n}\\sqrt{{2}}", f"\\boxed{{\\sqrt{{{2 * n * n}}}}}", True)]
+        pairs += [
+            (f"\\sqrt{{{n}}}", f"\\boxed{{\\sqrt{n}}}", True),
+            (f"\\sqrt{{{4 * n}}}", f"\\boxed{{2\\sqrt{{{n}}}}}", True),
+        ]
+        pairs += [
+            (f"\\frac{{1}}{{\\sqrt{{{n}}}}}", f"\\boxed{{\\frac{{\\sqrt{{{n}}}}}{{{n}}}}}", True),
+            (f"\\sqrt{{{n}}}", f"\\boxed{{\\sqrt{{{n + 1}}}}}", False),
+        ]
+        pairs += [
+            (f"\\sqrt[3]{{{8 * n}}}", f"\\boxed{{2\\sqrt[3]{{{n}}}}}", True),
+            (f"{n}\\sqrt{{2}}", f"\\boxed{{\\sqrt{{{2 * n * n}}}}}", True),
+        ]
     return pairs

@@ -16,7 +16,9 @@ Score = Callable[..., float]
 def score() -> Score:
     limits = {"test_s": 2.0, "total_s": 4.0}
     sandbox = SandboxConfig(kind="namespaces")
-    rewards = {p: code_reward(RewardConfig(code=CodeConfig(partial=p, **limits), sandbox=sandbox)) for p in (True, False)}
+    rewards = {
+        p: code_reward(RewardConfig(code=CodeConfig(partial=p, **limits), sandbox=sandbox)) for p in (True, False)
+    }
 
     def call(completion: str, partial: bool = False, **problem: Any) -> float:
         sample = Sample(prompt="", completion=completion, problem=problem, num_tokens=1, truncated=False)
@@ -60,7 +62,10 @@ def test_other_programs_are_wrong(score: Score, code: str) -> None:
 @pytest.mark.parametrize(
     ("problem", "says"),
     [
-        ({"question": 1}, "needs tests in one of the fields test_list, input_output, tests; the problem has: question$"),
+        (
+            {"question": 1},
+            "needs tests in one of the fields test_list, input_output, tests; the problem has: question$",
+        ),
         ({"test_list": []}, r"the problem has: test_list \(empty\)"),
         ({"tests": "{"}, r"problem\['tests'\] is neither a list nor JSON"),
         ({"test_list": [1]}, r"problem\['test_list'\] is not understood: TypeError: expected a list of texts"),

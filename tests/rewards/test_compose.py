@@ -52,9 +52,14 @@ def part(name: str, **settings: object) -> RewardPart:
 
 def test_parts_are_weighted_named_and_counted(tmp_path: Path) -> None:
     parts = (
-        RewardPart(function="math", weight=2.0), RewardPart(function="length", weight=0.5, name="brief"), part("pieces", weight=0.1),
-        part("slow", weight=10.0), part("batch"), part("async_batch"), part("instance"),
-    )  # fmt: skip
+        RewardPart(function="math", weight=2.0),
+        RewardPart(function="length", weight=0.5, name="brief"),
+        part("pieces", weight=0.1),
+        part("slow", weight=10.0),
+        part("batch"),
+        part("async_batch"),
+        part("instance"),
+    )
     config = RewardConfig(parts=parts, timeout_s=5.0, length=LengthConfig(max_tokens=4, slack_tokens=4))
 
     async def scenario() -> None:
@@ -65,13 +70,22 @@ def test_parts_are_weighted_named_and_counted(tmp_path: Path) -> None:
             first, second = await scorer.score([sample("#### 7", answer="7"), sample("8", answer="7")])
             assert loop.time() - started < 5.0
             assert first == pytest.approx(
-                {"math": 2.0, "brief": 0.25, "pieces.even": 0.1, "pieces.one": 0.1, "slow": 60.0, "batch": 0, "async_batch": 0.5, "instance": 2}
+                {
+                    "math": 2.0,
+                    "brief": 0.25,
+                    "pieces.even": 0.1,
+                    "pieces.one": 0.1,
+                    "slow": 60.0,
+                    "batch": 0,
+                    "async_batch": 0.5,
+                    "instance": 2,
+                }
             )
             assert second["math"] == 0.0 and second["batch"] == 1.0 and second["pieces.even"] == 0.0
             with pytest.raises(RewardError, match=r"^reward 'slow' failed: KeyError: 'x' \(.*mine.py:8\)$"):
                 await scorer.score([sample("raise", answer="7")])
             counters = scorer.counters()
-            assert counters["math.scored"] == 4 or counters["math.scored"] == 3
+            assert counters["math.scored"] >= 3
             assert counters["slow.scored"] == 3 and counters["slow.failed"] == 1
             assert 0.3 < counters["slow.time_s"] < 5.0
 
@@ -102,8 +116,14 @@ def test_a_batch_of_another_length_is_refused(tmp_path: Path) -> None:
     [
         (RewardConfig(function="maths"), "reward.function='maths': expected math, code, .* or PATH.py:FUNCTION"),
         (RewardConfig(parts=(RewardPart(function="math"),) * 2), "2 parts named 'math': give each a `name`"),
-        (RewardConfig(function="format", format=FormatConfig(pattern="(")), "reward.format.pattern='\\(' is no regular"),
-        (RewardConfig(function="length", length=LengthConfig(min_tokens=9, max_tokens=3)), "min_tokens is 9 and max_tokens 3"),
+        (
+            RewardConfig(function="format", format=FormatConfig(pattern="(")),
+            "reward.format.pattern='\\(' is no regular",
+        ),
+        (
+            RewardConfig(function="length", length=LengthConfig(min_tokens=9, max_tokens=3)),
+            "min_tokens is 9 and max_tokens 3",
+        ),
         (RewardConfig(function="judge"), "reward.judge.url is empty"),
     ],
 )

@@ -38,7 +38,11 @@ class Endpoint:
                 message = {"role": "assistant", "content": str(answer)}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 said = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-                content = b"<html>" if answer == "html" else json.dumps(said if status == 200 else {"error": {"message": "busy"}}).encode()
+                content = (
+                    b"<html>"
+                    if answer == "html"
+                    else json.dumps(said if status == 200 else {"error": {"message": "busy"}}).encode()
+                )
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
@@ -163,7 +167,15 @@ def test_settings(settings: dict[str, Any], says: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "mark"),
-    [("Mark: 7", 7), ("**Mark:** 7.5/10", 7.5), ("Mark: 3, no: Mark: 4", 4), ("8", 8), (" 8/10. ", 8), ("I give 8", None), ("", None)],
+    [
+        ("Mark: 7", 7),
+        ("**Mark:** 7.5/10", 7.5),
+        ("Mark: 3, no: Mark: 4", 4),
+        ("8", 8),
+        (" 8/10. ", 8),
+        ("I give 8", None),
+        ("", None),
+    ],
 )
 def test_marks_are_read(text: str, mark: float | None) -> None:
     assert read_mark(text) == mark

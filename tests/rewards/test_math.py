@@ -76,7 +76,16 @@ def test_plain_expressions_need_no_dollars(completion: str, answer: str, reward:
 
 @pytest.mark.parametrize(
     "completion",
-    ["\\boxed{\\frac{1}{", "\\frac{" * 50, "\\boxed{\\int_0^}", "$$$", "\\left(\\right]", "}{", "\\begin{pmatrix}1&2", "\x00"],
+    [
+        "\\boxed{\\frac{1}{",
+        "\\frac{" * 50,
+        "\\boxed{\\int_0^}",
+        "$$$",
+        "\\left(\\right]",
+        "}{",
+        "\\begin{pmatrix}1&2",
+        "\x00",
+    ],
 )
 def test_malformed_latex_is_a_wrong_answer(completion: str) -> None:
     assert score(completion, "7") == 0.0

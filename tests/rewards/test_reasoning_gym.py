@@ -26,5 +26,7 @@ def test_its_own_answers_are_right_after_a_way_through_json(task: str) -> None:
 
 
 def test_a_problem_of_another_kind() -> None:
-    with pytest.raises(ValueError, match="needs the fields 'answer' and 'metadata' with 'source_dataset'; the problem has: q"):
+    with pytest.raises(
+        ValueError, match="needs the fields 'answer' and 'metadata' with 'source_dataset'; the problem has: q"
+    ):
         score("1", {"q": 1})

@@ -64,7 +64,11 @@ def test_exit_codes_are_those_of_python(sandbox: Sandbox, code: str, exit_code: 
 
 
 def test_a_program_is_the_main_module(sandbox: Sandbox) -> None:
-    code = "import threading\ndef later(): print('later')\nif __name__ == '__main__': threading.Thread(target=later).start()"
+    code = """
+import threading
+def later(): print("later")
+if __name__ == "__main__": threading.Thread(target=later).start()
+"""
     assert sandbox.run(code).stdout == b"later\n"
 
 
@@ -77,7 +81,11 @@ def test_a_program_is_the_main_module(sandbox: Sandbox) -> None:
         ("def sort(x): x.sort()", ["x = [3, 1]; sort(x); assert x == [1, 3]"], 1),
         ("def f(x): return {'a': (1, 2.5), 3: {x}}", ["assert f(b'z') == {'a': (1, 2.5), 3: {b'z'}}"], 1),
         ("class A:\n    n = 1\n    def up(self): self.n += 1; return self", ["assert A().up().up().n == 3"], 1),
-        ("def f(x): raise ValueError('no')", ["try: f(1)\nexcept ValueError as e: assert str(e) == 'ValueError: no'"], 1),
+        (
+            "def f(x): raise ValueError('no')",
+            ["try: f(1)\nexcept ValueError as e: assert str(e) == 'ValueError: no'"],
+            1,
+        ),
         ("import math\nf = math.sqrt", ["assert math.isclose(f(2) ** 2, 2)"], 1),
         ("def f(): return float('inf')", ["assert f() == float('inf')"], 1),
         ("", ["assert missing(1) == 1"], 0),
@@ -121,7 +129,11 @@ def test_a_keeper_that_died_is_replaced(walled: Sandbox) -> None:
 
 
 def test_a_killed_keeper_takes_its_snippets_along(walled: Sandbox) -> None:
-    running = threading.Thread(target=lambda: pytest.raises(SandboxError, walled.run, "while True: pass"))
+    def run() -> None:
+        with pytest.raises(SandboxError):
+            walled.run("while True: pass")
+
+    running = threading.Thread(target=run)
     running.start()
     below: list[psutil.Process] = []
     while len(below) < 3:
@@ -137,7 +149,9 @@ def test_a_kind_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         Sandbox(SandboxConfig(kind="bubblewrap")).start()
 
 
-def test_without_namespaces_it_says_so_loudly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_namespaces_it_says_so_loudly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     start = Sandbox._start
 
     def no_namespaces(self: Sandbox, kind: str) -> None:
