@@ -19,9 +19,6 @@ _word = re.compile(r"[A-Za-z]{4,}|[A-Za-z]+\s+[A-Za-z]{2,}")
 
 
 def make_math_reward(config: RewardConfig) -> Callable[[Sample], float]:
-    """`math_reward`, with what it needs loaded."""
-    import math_verify  # noqa: F401  (a second or two, which no completion's deadline should pay for)
-
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs each expression that takes too long, whole
     return math_reward
 

@@ -15,6 +15,7 @@ from rewards.compose import LoadedPart, PartKind, Parts, load_parts, to_parts
 from rewards.config import RewardConfig
 from rewards.errors import RewardError
 from rewards.python_file import describe
+from rewards.resolve import warm_up
 from rewards.sample import Sample
 
 START_TIMEOUT_S = 120.0
@@ -139,6 +140,7 @@ def _prepare(config: RewardConfig, base_dir: Path, initializer: Callable[[], Non
     _loop, _timeout_s = asyncio.new_event_loop(), config.timeout_s
     try:
         _parts, _error = load_parts(config, base_dir), ""
+        warm_up(config)
     except ValueError as error:
         _error = str(error)
 

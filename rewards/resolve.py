@@ -22,6 +22,7 @@ BUILT_INS = {
     "judge": "rewards.judge:judge_reward",
 }
 """What makes each of them, from a `RewardConfig`; imported where it is used, for some are slow to import."""
+SLOW_IMPORTS = {"math": "math_verify", "reasoning_gym": "reasoning_gym", "judge": "openai"}
 REWARD_SETTING = "reward.function"
 
 
@@ -39,6 +40,12 @@ def load_reward(reference: str, base_dir: Path, config: RewardConfig | None = No
             raise ValueError(f"reward {reference!r} needs a package that is not installed: {error}") from None
         return make(config or RewardConfig())
     return load_function(reference, base_dir)
+
+
+def warm_up(config: RewardConfig) -> None:
+    """Import what the built-ins need and takes seconds: no completion's deadline should pay for it."""
+    for reference in set(references(config)) & SLOW_IMPORTS.keys():
+        importlib.import_module(SLOW_IMPORTS[reference])
 
 
 def references(config: RewardConfig) -> list[str]:

@@ -1,6 +1,8 @@
 """The sandbox on this machine's kernel: what it runs, and what gets out of it."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,6 +18,7 @@ from rewards.config import SandboxConfig
 from rewards.errors import SandboxError
 from rewards.sandbox import Sandbox
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"memory_bytes": 128 << 20, "processes": 6, "files_bytes": 4 << 20, "output_bytes": 64 << 10}
 LATE_S = 0.25
 FAIR_S = 20.0
@@ -140,6 +143,28 @@ def test_a_killed_keeper_takes_its_snippets_along(walled: Sandbox) -> None:
         below = keeper(walled).children(recursive=True)
     keeper(walled).kill()
     running.join(FAIR_S)
+    assert not psutil.wait_procs(below, timeout=FAIR_S)[1]
+
+
+ORPHAN_SCRIPT = """
+from rewards.config import SandboxConfig
+from rewards.sandbox import Sandbox
+
+sandbox = Sandbox(SandboxConfig(kind="namespaces"))
+sandbox.start()
+print("ready", flush=True)
+sandbox.run("while True: pass", limit_s=600)
+"""
+
+
+def test_no_process_outlives_a_killed_owner() -> None:
+    owner = subprocess.Popen([sys.executable, "-c", ORPHAN_SCRIPT], stdout=subprocess.PIPE, cwd=ROOT)
+    with owner:
+        assert owner.stdout is not None and owner.stdout.readline() == b"ready\n"
+        below: list[psutil.Process] = []
+        while len(below) < 4:  # keeper, launcher, first process, snippet
+            below = psutil.Process(owner.pid).children(recursive=True)
+        owner.kill()
     assert not psutil.wait_procs(below, timeout=FAIR_S)[1]
 
 
