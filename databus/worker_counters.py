@@ -20,6 +20,6 @@ class WorkerCounters:
         totals: Counter[str] = Counter()
         for counters in self._counters.values():
             totals.update(counters)
-        new = {name: totals[name] - self._reported[name] for name in totals}
+        new: dict[str, float] = {name: totals[name] - self._reported[name] for name in totals}
         self._reported = totals
         return new

@@ -99,8 +99,8 @@ def run_recipe(
     run_dir = folder / "run"
     words = [f"recipes/{name}.py", "--run-dir", str(run_dir), f"model={model}", *SMALL, *settings]
     command = [sys.executable, "-m", "echelon", "run", *words]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290)
+    assert result.returncode == 0 and not result.stderr, result.stdout + result.stderr
     metrics, prompts = (
         [json.loads(line) for line in file.read_text().splitlines()]
         for file in (run_dir / "metrics.jsonl", run_dir / "prompts" / "train.jsonl")
@@ -163,9 +163,8 @@ def test_code_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_reasoning_gym_runs_with_vllm(tiny_model: Path, tmp_path: Path) -> None:
-    settings = ("rollout.engine=vllm", "rollout.enforce_eager=true", *EVALUATION)
-    metrics, prompts = run_recipe("grpo_reasoning_gym", tiny_model, tmp_path, *settings)
+def test_reasoning_gym_runs_on_what_it_generates(tiny_model: Path, tmp_path: Path) -> None:
+    metrics, prompts = run_recipe("grpo_reasoning_gym", tiny_model, tmp_path, *EVALUATION)
     tasks = [prompt["problem"]["metadata"]["source_dataset"] for prompt in prompts]
     assert tasks == ["chain_sum", "leg_counting", "spell_backward", "simple_equations"] * 3
     row = metrics[0]
