@@ -74,6 +74,7 @@ SMALL = (
     "rollout.engine=small", "rollout.dtype=float32", "rollout.max_sequences=16", "rollout.context_tokens=512",
     "rollout.max_tokens=8", "learner.dtype=float32", "learner.steps=2", "learner.lr=1e-4", "learner.minibatches=1",
     "learner.microbatch_tokens=4096", "group_size=2", "batch_groups=2", "data.max_train=12", "wandb.mode=disabled",
+    "bus.heartbeat_s=0.2",  # which bring the figures of scoring
 )  # fmt: skip
 EVALUATION = ("data.max_eval=4", "eval.every=2")
 
@@ -109,6 +110,11 @@ def run_recipe(
     return metrics, prompts
 
 
+def merged(metrics: Rows) -> dict[str, Any]:
+    """Of every metric the last value."""
+    return {name: value for row in metrics for name, value in row.items()}
+
+
 @pytest.mark.slow
 def test_gsm8k_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> None:
     rows = [
@@ -120,7 +126,7 @@ def test_gsm8k_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) ->
     assert len(prompts) == 12
     assert prompts[0]["prompt"].endswith("\\boxed{}.\n#") and "Tom has 0 apples" in prompts[0]["prompt"]
     assert prompts[0]["problem"]["answer"].endswith("#### 1")
-    assert metrics[0]["scoring/math_s"] > 0 and metrics[0]["scoring/math_failure_rate"] == 0
+    assert merged(metrics)["scoring/math_s"] > 0 and merged(metrics)["scoring/math_failure_rate"] == 0
 
 
 @pytest.mark.slow
@@ -158,7 +164,7 @@ def test_code_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> 
     ]
     metrics, prompts = run_recipe("grpo_code", tiny_model, tmp_path, *EVALUATION, rows=rows)
     assert prompts[0]["prompt"].endswith("It has to pass:\nassert add(1) == 1\n#")
-    assert metrics[0]["reward/mean"] == 0.0 and metrics[0]["scoring/code_failure_rate"] == 0.0
+    assert metrics[0]["reward/mean"] == 0.0 and merged(metrics)["scoring/code_failure_rate"] == 0.0
     assert metrics[-1]["eval/accuracy"] == 0.0
 
 
@@ -167,6 +173,6 @@ def test_reasoning_gym_runs_on_what_it_generates(tiny_model: Path, tmp_path: Pat
     metrics, prompts = run_recipe("grpo_reasoning_gym", tiny_model, tmp_path, *EVALUATION)
     tasks = [prompt["problem"]["metadata"]["source_dataset"] for prompt in prompts]
     assert tasks == ["chain_sum", "leg_counting", "spell_backward", "simple_equations"] * 3
-    row = metrics[0]
+    row = merged(metrics)
     assert {"reward/reasoning_gym", "reward/format", "scoring/reasoning_gym_s", "scoring/format_s"} <= row.keys()
     assert row["reward/reasoning_gym"] + row["reward/format"] == pytest.approx(row["reward/mean"], abs=1e-6)
