@@ -16,7 +16,8 @@ NonNegativeInt = Annotated[int, Meta(ge=0)]
 class DataConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Problems to train on and to evaluate on.
 
-    train, eval: a JSONL or Parquet file, or a data set's id on the hub. eval "" : no evaluation.
+    train, eval: a JSONL or Parquet file, a data set's id on the hub, or `reasoning_gym:TASK,TASK`, rows of which are
+        generated. eval "" : no evaluation.
     subset, train_split, eval_split: configuration name and splits of a hub data set.
     prompt: template of the prompt, filled with a row's fields: "{question}".
     chat: wrap the prompt as a user's message in the tokenizer's chat template; `system` goes before it.

@@ -1,5 +1,6 @@
 """From rows to prompts in the model's tokens, each checked."""
 
+import re
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +47,7 @@ def check_template(key: str, template: str, row: dict[str, Any]) -> None:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ValueError(f"data.prompt={template!r} is malformed: {error}; write {{{{ and }}}} for braces") from None
-    for name in names:
+    for name in (re.split(r"[.\[]", name)[0] for name in names):  # of {prompt[0][content]}, prompt
         if name not in row:
             raise ValueError(
                 f"data.prompt names the field {{{name}}}, which {key} does not have: its fields are {', '.join(row)}"

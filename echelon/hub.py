@@ -7,6 +7,7 @@ import urllib.request
 from pathlib import Path
 
 from echelon.config import RunConfig
+from echelon.generated_rows import is_generated
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +17,7 @@ PROBE_TIMEOUT_S = 5.0
 
 def needs_hub(config: RunConfig) -> bool:
     sources = (config.model, config.data.train, config.data.eval)
-    return any(source and not Path(source).exists() for source in sources)
+    return any(source and not is_generated(source) and not Path(source).exists() for source in sources)
 
 
 def use_cache_if_offline() -> None:

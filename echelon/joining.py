@@ -17,7 +17,7 @@ from echelon.config import RunConfig
 from echelon.recipe import RECIPE_FILE
 from echelon.roles.worker import Membership
 from echelon.run_folder import BusRecord, RunFolder
-from rewards.resolve import BUILT_IN
+from rewards.resolve import BUILT_INS, references, with_references
 
 CONNECT_S = 10.0
 
@@ -29,11 +29,12 @@ def find_run(target: str, keys: Path | None) -> Membership:
 
 def with_recipe(run: Membership, recipe: Path) -> Membership:
     """The recipe's own reward is taken from `recipe`; any other stays what it is."""
-    path, _, function = run.config.reward.function.rpartition(":")
-    if path != RECIPE_FILE:
-        return run
-    reward = msgspec.structs.replace(run.config.reward, function=f"{recipe}:{function}")
-    return _changed(run, reward=reward)
+
+    def moved(reference: str) -> str:
+        path, _, function = reference.rpartition(":")
+        return f"{recipe}:{function}" if path == RECIPE_FILE else reference
+
+    return _changed(run, reward=with_references(run.config.reward, moved))
 
 
 def with_model(run: Membership, model: str) -> Membership:
@@ -49,11 +50,11 @@ def check_has_all(run: Membership) -> None:
             f"the run's model {model} is not on this machine: copy it here, and name it with --model where it lies "
             "elsewhere"
         )
-    reference = run.config.reward.function
-    file = run.reward_dir / reference.rpartition(":")[0]
-    if reference != BUILT_IN and not file.is_file():
-        how = "name the recipe with --recipe" if file.name == RECIPE_FILE else "copy it to the same path"
-        raise ValueError(f"the run's reward, {reference}, is not on this machine: {how}")
+    for reference in references(run.config.reward):
+        file = run.reward_dir / reference.rpartition(":")[0]
+        if reference not in BUILT_INS and not file.is_file():
+            how = "name the recipe with --recipe" if file.name == RECIPE_FILE else "copy it to the same path"
+            raise ValueError(f"the run's reward, {reference}, is not on this machine: {how}")
 
 
 def _by_folder(folder: RunFolder, keys: Path | None) -> Membership:

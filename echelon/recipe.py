@@ -16,7 +16,7 @@ from echelon.settings import to_config
 from echelon.validate import validate
 from learner.checks import ADVANTAGE_SETTING, names_function
 from rewards.python_file import describe, import_file
-from rewards.resolve import BUILT_IN, REWARD_SETTING, split_reference
+from rewards.resolve import REWARD_SETTING, split_reference, with_references
 from rollout.config import why_not_sampling
 
 RECIPE_FILE = "recipe.py"
@@ -84,10 +84,10 @@ def _path_as_text(value: Any) -> str:
 def _with_absolute_paths(config: RunConfig, file: Path) -> RunConfig:
     """What exists on this disk is named absolutely: roles, workers and `echelon export` may start elsewhere."""
     data = msgspec.structs.replace(config.data, train=_absolute(config.data.train), eval=_absolute(config.data.eval))
-    reward = config.reward
-    if reward.function != BUILT_IN:
-        function = _function_reference(reward.function, file, REWARD_SETTING)
-        reward = msgspec.structs.replace(reward, function=function)
+    reward = with_references(config.reward, lambda reference: _function_reference(reference, file, REWARD_SETTING))
+    if reward.judge.cache:
+        cache = str(Path(reward.judge.cache).expanduser().resolve())
+        reward = msgspec.structs.replace(reward, judge=msgspec.structs.replace(reward.judge, cache=cache))
     advantage = config.learner.advantage
     if names_function(advantage.estimator):
         estimator = _function_reference(advantage.estimator, file, ADVANTAGE_SETTING)

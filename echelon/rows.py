@@ -1,4 +1,4 @@
-"""Rows of a data set, from a JSONL or Parquet file or from the hub."""
+"""Rows of a data set, from a JSONL or Parquet file, from the hub, or from a generator."""
 
 import tempfile
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from echelon.config import DataConfig
 from echelon.errors import message_of
+from echelon.generated_rows import generate, is_generated
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -18,6 +19,9 @@ def load_rows(key: str, source: str, split: str, data: DataConfig, limit: int) -
     Args: key: the setting that names the source, for messages.
     Raises: ValueError, in one line, where it cannot be read or is empty.
     """
+    if is_generated(source):
+        return generate(key, source, limit)
+
     import datasets
 
     datasets.disable_progress_bars()

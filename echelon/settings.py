@@ -1,6 +1,7 @@
 """Every setting of a run by its dotted name, with its type and bounds: one check for recipes and overrides."""
 
 import difflib
+import json
 import math
 from typing import Any
 
@@ -84,6 +85,8 @@ def parse_value(text: str, node: inspect.Type) -> Any:
             if len(parts) != len(items):
                 raise ValueError
             return tuple(parse_value(part.strip(), item) for part, item in zip(parts, items, strict=True))
+        case inspect.VarTupleType(item_type=inspect.StructType()):
+            return json.loads(text)
         case inspect.VarTupleType(item_type=item):
             return tuple(parse_value(part.strip(), item) for part in text.strip("()[] ").split(","))
         case _:
@@ -108,9 +111,14 @@ def is_allowed(value: Any, node: inspect.Type) -> bool:
                 return False
             return all(is_allowed(part, item) for part, item in zip(value, items, strict=True))
         case inspect.VarTupleType(item_type=item):
-            if not isinstance(value, list | tuple) or not value:
+            is_list = isinstance(value, list | tuple) and (len(value) > 0 or isinstance(item, inspect.StructType))
+            return is_list and all(part != "" and is_allowed(part, item) for part in value)
+        case inspect.StructType(fields=fields):
+            known = {field.name: field.type for field in fields}
+            needed = {field.name for field in fields if field.required}
+            if not isinstance(value, dict) or not needed <= value.keys() <= known.keys():
                 return False
-            return all(part != "" and is_allowed(part, item) for part in value)
+            return all(is_allowed(value[name], known[name]) for name in value)
     raise AssertionError(f"a setting of type {type(node).__name__}: teach echelon.settings about it")
 
 
@@ -128,7 +136,11 @@ def describe(node: inspect.Type) -> str:
         case inspect.TupleType(item_types=items):
             return f"{len(items)} values with commas between them, each {describe(items[0])}"
         case inspect.VarTupleType(item_type=item):
+            if isinstance(item, inspect.StructType):
+                return f"a list, as JSON, each {describe(item)}"
             return f"one value or more, with commas between them, each {describe(item)}"
+        case inspect.StructType(fields=fields):
+            return f"of {', '.join(f'{field.name} ({describe(field.type)})' for field in fields)}"
     return "text"
 
 

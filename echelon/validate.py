@@ -8,7 +8,9 @@ from pathlib import Path
 from databus.address import check_address
 from databus.keys import PEERS, client_keys, server_keys
 from echelon.config import RunConfig
+from echelon.generated_rows import check_generated, is_generated
 from learner.checks import check_learner
+from rewards.resolve import check_reward
 from rollout.config import NoCurriculum, PassRateBand
 from rollout.engine.reasoning import check_budgets
 from rollout.scheduling.mixer import check_shares
@@ -24,6 +26,7 @@ def validate(config: RunConfig) -> None:
         _check_lengths,
         _check_reasoning,
         _check_groups,
+        _check_reward,
         _check_evaluation,
         _check_learner,
         _check_keep_best,
@@ -73,6 +76,10 @@ def _check_groups(config: RunConfig) -> None:
             f"group_size is {config.group_size}, but an engine runs only rollout.max_sequences="
             f"{config.rollout.max_sequences} at once: a group is generated as a whole, so allow at least as many"
         )
+
+
+def _check_reward(config: RunConfig) -> None:
+    check_reward(config.reward)
 
 
 def _check_evaluation(config: RunConfig) -> None:
@@ -143,6 +150,9 @@ def _check_data_source(key: str, source: str) -> None:
     if not source and key == "data.train":
         raise ValueError("data.train names no problems: set it to a JSONL or Parquet file, or a hub id")
     if not source:
+        return
+    if is_generated(source):
+        check_generated(key, source)
         return
     path = Path(source).expanduser()
     if path.is_dir():

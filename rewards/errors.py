@@ -6,3 +6,7 @@ class RewardError(Exception):
 
     The text is one line for a person; it names the function. Picklable.
     """
+
+
+class SandboxError(RewardError):
+    """The sandbox itself failed, not what ran in it."""

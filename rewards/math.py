@@ -1,40 +1,61 @@
 """The built-in `math` reward: does the completion's final answer equal the problem's?"""
 
+import logging
 import re
 import threading
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
+from rewards.config import RewardConfig
 from rewards.sample import Sample
 
 FINAL_ANSWER_MARK = "####"
 STEP_TIMEOUT_S = 3
 
 _boxed = re.compile(r"\\boxed\s*{")
+_operator = re.compile(r"(?<=\S)\s*[-+*^=<>|!({\[]|^[(\[{|]|\d[a-zA-Z]")
+_word = re.compile(r"[A-Za-z]{4,}|[A-Za-z]+\s+[A-Za-z]{2,}")
+
+
+def make_math_reward(config: RewardConfig) -> Callable[[Sample], float]:
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs each expression that takes too long, whole
+    return math_reward
 
 
 def math_reward(sample: Sample) -> float:
     """1.0 where the final answer is equal to the problem's `answer`, else 0.0.
 
     The reference may be a plain answer, LaTeX, or a worked solution that ends in "#### 42" (GSM8K). Of the
-    completion counts what follows the last "####" where there is one, else the last boxed
-    expression or, failing that, the last number.
+    completion counts what follows the last "####" where there is one, else what is boxed (several: all of
+    it, as math-verify has it) or, failing that, the last LaTeX or number.
 
     Raises: ValueError where the problem has no `answer`, or one without anything to compare with.
     """
     from math_verify import verify
 
-    gold = _parse_answer(_reference_answer(sample.problem))
+    gold = list(_parse_reference(_reference_answer(sample.problem)))
     if not gold:
-        raise ValueError(f"problem['answer'] = {sample.problem['answer']!r} has no answer to compare with")
+        raise ValueError(f"problem['answer'] = {_reference_answer(sample.problem)!r} has no answer to compare with")
     marked = FINAL_ANSWER_MARK in sample.completion
     predicted = _parse_answer(_after_mark(sample.completion)) if marked else _parse(sample.completion)
     return float(verify(gold, predicted, timeout_seconds=_timeout())) if predicted else 0.0
 
 
 def _reference_answer(problem: dict[str, Any]) -> str:
-    if "answer" not in problem:
-        raise ValueError(f"the math reward needs a field 'answer'; the problem has: {', '.join(problem) or 'none'}")
-    return _after_mark(str(problem["answer"]))
+    """The field `answer` or, in the schema of verl's data sets, `reward_model.ground_truth`."""
+    if "answer" in problem:
+        return _after_mark(str(problem["answer"]))
+    nested = problem.get("reward_model")
+    if isinstance(nested, dict) and "ground_truth" in nested:
+        return _after_mark(str(nested["ground_truth"]))
+    raise ValueError(f"the math reward needs a field 'answer'; the problem has: {', '.join(problem) or 'none'}")
+
+
+@lru_cache(maxsize=1024)
+def _parse_reference(answer: str) -> tuple[Any, ...]:
+    """All completions of a group are compared with the same one."""
+    return tuple(_parse_answer(answer))
 
 
 def _after_mark(text: str) -> str:
@@ -42,9 +63,14 @@ def _after_mark(text: str) -> str:
 
 
 def _parse_answer(text: str) -> list[Any]:
-    """A text that is nothing but an answer, so that LaTeX needs no dollars around it."""
-    bare_latex = "\\" in text and "$" not in text and not _boxed.search(text)
-    return _parse(f"${text}$") if bare_latex else _parse(text) or _parse(f"${text}$")
+    """A text that is nothing but an answer, so that LaTeX needs no dollars around it.
+
+    Nor does an expression, `2x+3`, of which math-verify would otherwise take the last number.
+    """
+    if "$" in text or _boxed.search(text):
+        return _parse(text) or _parse(f"${text}$")
+    expression = "\\" in text or (_operator.search(text) and not _word.search(text))
+    return _parse(f"${text}$") if expression else _parse(text) or _parse(f"${text}$")
 
 
 def _parse(text: str) -> list[Any]:

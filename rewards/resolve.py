@@ -1,29 +1,83 @@
 """From a function's reference in the configuration, a reward's above all, to the function itself."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from rewards.config import RewardConfig
 from rewards.python_file import import_file
 from rewards.sample import Sample
 
 RewardFunction = Callable[[Sample], Any]
 
-BUILT_IN = "math"
+BUILT_INS = {
+    "math": "rewards.math:make_math_reward",
+    "code": "rewards.code:code_reward",
+    "reasoning_gym": "rewards.reasoning_gym:reasoning_gym_reward",
+    "format": "rewards.shape:format_reward",
+    "length": "rewards.shape:length_reward",
+    "judge": "rewards.judge:judge_reward",
+}
+"""What makes each of them, from a `RewardConfig`; imported where it is used, for some are slow to import."""
+SLOW_IMPORTS = {"math": "math_verify", "reasoning_gym": "reasoning_gym", "judge": "openai"}
 REWARD_SETTING = "reward.function"
 
 
-def load_reward(reference: str, base_dir: Path) -> RewardFunction:
-    """The function that `reference` names: `math`, or `PATH.py:FUNCTION`, its path relative to `base_dir`.
+def load_reward(reference: str, base_dir: Path, config: RewardConfig | None = None) -> RewardFunction:
+    """The function that `reference` names: a built-in, or `PATH.py:FUNCTION`, its path relative to `base_dir`.
 
     Raises: ValueError, in one line, for a malformed reference, a missing file or function, something that
-        cannot be called, or a file that cannot be imported.
+        cannot be called, a file that cannot be imported, or settings that a built-in cannot work with.
     """
-    if reference == BUILT_IN:
-        from rewards.math import math_reward
-
-        return math_reward
+    if reference in BUILT_INS:
+        module, _, maker = BUILT_INS[reference].partition(":")
+        try:
+            make = getattr(importlib.import_module(module), maker)
+        except ImportError as error:
+            raise ValueError(f"reward {reference!r} needs a package that is not installed: {error}") from None
+        return make(config or RewardConfig())
     return load_function(reference, base_dir)
+
+
+def warm_up(config: RewardConfig) -> None:
+    """Import what the built-ins need and takes seconds: no completion's deadline should pay for it."""
+    for reference in set(references(config)) & SLOW_IMPORTS.keys():
+        importlib.import_module(SLOW_IMPORTS[reference])
+
+
+def references(config: RewardConfig) -> list[str]:
+    """All functions that the reward names."""
+    return [part.function for part in config.parts] or [config.function]
+
+
+def with_references(config: RewardConfig, change: Callable[[str], str]) -> RewardConfig:
+    """The same with every function that is no built-in named as `change` says."""
+
+    def changed(reference: str) -> str:
+        return reference if reference in BUILT_INS else change(reference)
+
+    if not config.parts:
+        return msgspec.structs.replace(config, function=changed(config.function))
+    parts = tuple(msgspec.structs.replace(part, function=changed(part.function)) for part in config.parts)
+    return msgspec.structs.replace(config, parts=parts)
+
+
+def check_reward(config: RewardConfig) -> None:
+    """Raises: ValueError, in one line, for settings that do not go together."""
+    if config.parts and config.function != RewardConfig().function:
+        raise ValueError(f"reward.function is {config.function!r} and reward.parts is set too: set one of them")
+    if "code" in references(config) and config.code.total_s >= config.timeout_s:
+        raise ValueError(
+            f"reward.code.total_s is {config.code.total_s:g}, but after reward.timeout_s={config.timeout_s:g} a "
+            "completion's group fails: lower the one or raise the other"
+        )
+    if "judge" in references(config):
+        from rewards.judge import check_judge
+
+        check_judge(config.judge)
 
 
 def load_function(reference: str, base_dir: Path, setting: str = REWARD_SETTING) -> Callable[..., Any]:
@@ -45,7 +99,7 @@ def split_reference(reference: str, base_dir: Path, setting: str = REWARD_SETTIN
     """(existing file, name of the function) of a `PATH.py:FUNCTION` reference; imports nothing."""
     path_text, colon, name = reference.rpartition(":")
     if not colon or not path_text.endswith(".py") or not name.isidentifier():
-        built_in = f"{BUILT_IN!r} or " if setting == REWARD_SETTING else ""
+        built_in = f"{', '.join(BUILT_INS)} or " if setting == REWARD_SETTING else ""
         raise ValueError(f"{setting}={reference!r}: expected {built_in}PATH.py:FUNCTION")
     path = (base_dir / path_text).resolve()
     if not path.is_file():

@@ -68,7 +68,7 @@ async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun
             logger.info("engine ready, version %d", engine.version)
             detokenize = await asyncio.to_thread(load_detokenizer, run.model)
             histories = HistoryReader()
-            client = make_client(engine.version, lambda: heartbeat(engine, histories))
+            client = make_client(engine.version, lambda: heartbeat(engine, histories, pool))
             work = LeaseWork(engine, pool, detokenize, histories)
             stop = await _serve(client, work, config, run, on_signal)
         finally:
@@ -112,11 +112,14 @@ def _told(worker: Worker, number: int) -> None:
         worker.stop("told to stop")
 
 
-def heartbeat(engine: Engine, histories: HistoryReader) -> Heartbeat:
+def heartbeat(engine: Engine, histories: HistoryReader, pool: RewardPool) -> Heartbeat:
     stats = engine.stats()
     drafting = {**stats.drafting, "malformed_histories": histories.malformed} if stats.drafting else {}
     return Heartbeat(
-        running_sequences=stats.running_sequences, generated_tokens=stats.generated_tokens, drafting=drafting
+        running_sequences=stats.running_sequences,
+        generated_tokens=stats.generated_tokens,
+        drafting=drafting,
+        scoring=pool.counters(),
     )
 
 

@@ -23,14 +23,14 @@ def prepare(folder: RunFolder) -> None:
     from echelon.rows import load_rows
     from echelon.user_function import load_advantage
     from echelon.validate import check_reasoning
-    from rewards.resolve import load_reward
+    from rewards.compose import load_parts
     from rollout.engine.end_tag import end_tag
     from rollout.engine.end_tokens import end_token_ids
 
     config = folder.config()
     if needs_hub(config):
         use_cache_if_offline()
-    load_reward(config.reward.function, folder.path)
+    load_parts(config.reward, folder.path)
     load_advantage(config, folder.path)
 
     from echelon.model_check import check_adapters, check_devices, check_end_tokens, check_model, load_tokenizer

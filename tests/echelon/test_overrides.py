@@ -2,6 +2,7 @@ import pytest
 
 from echelon.config import DataConfig, RunConfig
 from echelon.overrides import apply_overrides
+from rewards.config import RewardPart
 from rollout.config import DropSolved, PassRateBand
 
 CONFIG = RunConfig(model="m", data=DataConfig(train="t.jsonl"))
@@ -122,3 +123,23 @@ def test_a_section_with_variants() -> None:
 def test_variants_that_do_not_fit(override: str, words: list[str]) -> None:
     text = error(override)
     assert all(word in text for word in words), text
+
+
+def test_parts_of_the_reward_are_json() -> None:
+    text = 'reward.parts=[{"function": "math"}, {"function": "format", "weight": 0.1}]'
+    parts = apply_overrides(CONFIG, [text]).reward.parts
+    assert parts == (RewardPart(function="math"), RewardPart(function="format", weight=0.1))
+
+
+@pytest.mark.parametrize(
+    "text", ["math", '[{"weight": 1}]', '[{"function": "math", "wait": 1}]', '[{"function": 1}]', "{}"]
+)
+def test_malformed_parts_are_one_line(text: str) -> None:
+    assert error(f"reward.parts={text}") == (
+        f"reward.parts={text}: expected a list, as JSON, each of function (text), weight (a number), name (text)"
+    )
+
+
+def test_unknown_rewards_settings_are_one_line() -> None:
+    assert "unknown setting 'reward.judge.modle'" in error("reward.judge.modle=x")
+    assert "did you mean reward.judge.model?" in error("reward.judge.modle=x")

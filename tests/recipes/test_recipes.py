@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from echelon.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((ROOT / "recipes").glob("grpo_*.py"))
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if not path.stem.startswith("prepare_"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -68,37 +69,113 @@ def test_chain_sum_reward(completion: str, truncated: bool, answer: float, steps
     assert recipe.chain_sum_reward(sample) == {"answer": answer, "steps": steps}
 
 
+TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}{% if add_generation_prompt %}#{% endif %}"
+SMALL = (
+    "rollout.engine=small", "rollout.dtype=float32", "rollout.max_sequences=16", "rollout.context_tokens=512",
+    "rollout.max_tokens=8", "learner.dtype=float32", "learner.steps=2", "learner.lr=1e-4", "learner.minibatches=1",
+    "learner.microbatch_tokens=4096", "group_size=2", "batch_groups=2", "data.max_train=12", "wandb.mode=disabled",
+    "bus.heartbeat_s=0.2",  # which bring the figures of scoring
+)  # fmt: skip
+EVALUATION = ("data.max_eval=4", "eval.every=2")
+
+Rows = list[dict[str, Any]]
+
+
+def run_recipe(
+    name: str, tiny_model: Path, folder: Path, *settings: str, rows: Rows | None = None
+) -> tuple[Rows, Rows]:
+    """The real recipe for two steps with a tiny model; only model, sizes and `rows` are other ones.
+
+    Returns: rows of metrics.jsonl; the training prompts.
+    """
+    model = shutil.copytree(tiny_model, folder / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+    data = folder / f"{name}.jsonl"
+    if rows is not None:
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = (f"data.train={data}", *settings)
+    if rows is not None and "eval.every=2" in settings:
+        settings = (f"data.eval={data}", *settings)
+    run_dir = folder / "run"
+    words = [f"recipes/{name}.py", "--run-dir", str(run_dir), f"model={model}", *SMALL, *settings]
+    command = [sys.executable, "-m", "echelon", "run", *words]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290)
+    assert result.returncode == 0 and not result.stderr, result.stdout + result.stderr
+    metrics, prompts = (
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for file in (run_dir / "metrics.jsonl", run_dir / "prompts" / "train.jsonl")
+    )
+    assert [row["step"] for row in metrics if "loss/policy" in row] == [0, 1]
+    return metrics, prompts
+
+
+def merged(metrics: Rows) -> dict[str, Any]:
+    """Of every metric the last value."""
+    return {name: value for row in metrics for name, value in row.items()}
+
+
 @pytest.mark.slow
 def test_gsm8k_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> None:
-    """The real recipe: GSM8K's columns, a chat template, math-verify's reward; only the model and sizes are small."""
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    template = (
-        "{% for message in messages %}{{ message.content }}\n{% endfor %}{% if add_generation_prompt %}#{% endif %}"
-    )
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     rows = [
         {"question": f"Tom has {n} apples and buys {n + 1} more. How many?", "answer": f"{n}+{n + 1}\n#### {2 * n + 1}"}
         for n in range(12)
     ]
-    data = tmp_path / "gsm8k.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_dir = tmp_path / "run"
-    settings = [
-        f"model={model}", f"data.train={data}", f"data.eval={data}", "data.max_eval=4",
-        "rollout.engine=small", "rollout.dtype=float32", "rollout.max_sequences=16", "rollout.context_tokens=256",
-        "rollout.max_tokens=8", "learner.dtype=float32", "learner.steps=2", "learner.lr=1e-4",
-        "group_size=2", "batch_groups=2", "eval.every=2", "wandb.mode=disabled",
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "echelon", "run", "recipes/grpo_gsm8k.py", "--run-dir", str(run_dir), *settings]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert (result.returncode, result.stderr) == (0, ""), result.stdout
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    metrics, prompts = run_recipe("grpo_gsm8k", tiny_model, tmp_path, *EVALUATION, rows=rows)
     assert [row["step"] for row in metrics] == [0, 1, 2]
-    prompts = [json.loads(line) for line in (run_dir / "prompts" / "train.jsonl").read_text().splitlines()]
     assert len(prompts) == 12
     assert prompts[0]["prompt"].endswith("\\boxed{}.\n#") and "Tom has 0 apples" in prompts[0]["prompt"]
     assert prompts[0]["problem"]["answer"].endswith("#### 1")
+    assert merged(metrics)["scoring/math_s"] > 0 and merged(metrics)["scoring/math_failure_rate"] == 0
+
+
+@pytest.mark.slow
+def test_dapo_math_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "data_source": "math_dapo",
+            "prompt": [
+                {"content": f"Solve it. The last line is Answer: $Answer.\n\nWhat is {n} - {n - 1}?", "role": "user"}
+            ],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "1", "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": f"{n}"},
+        }
+        for n in range(12)
+    ]
+    settings = ("learner.advantage.overlong_tokens=8", "learner.advantage.overlong_cache_tokens=4", "group_size=8")
+    metrics, prompts = run_recipe("dapo_math", tiny_model, tmp_path, *settings, rows=rows)
+    assert prompts[3]["prompt"].endswith("What is 3 - 2?\n#")
+    assert all(0 < row["reward/mean"] < 1 for row in metrics[:2])  # groups of equal rewards are left out
+
+
+@pytest.mark.slow
+def test_code_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "task_id": n,
+            "text": f"Write a function to add {n}.",
+            "code": f"def add(x):\r\n  return x + {n}",
+            "test_list": [f"assert add(1) == {n + 1}", f"assert add(2) == {n + 2}"],
+            "test_setup_code": "",
+            "challenge_test_list": [],
+        }
+        for n in range(12)
+    ]
+    metrics, prompts = run_recipe("grpo_code", tiny_model, tmp_path, *EVALUATION, rows=rows)
+    assert prompts[0]["prompt"].endswith("It has to pass:\nassert add(1) == 1\n#")
+    assert metrics[0]["reward/mean"] == 0.0 and merged(metrics)["scoring/code_failure_rate"] == 0.0
+    assert metrics[-1]["eval/accuracy"] == 0.0
+
+
+@pytest.mark.slow
+def test_reasoning_gym_runs_on_what_it_generates(tiny_model: Path, tmp_path: Path) -> None:
+    metrics, prompts = run_recipe("grpo_reasoning_gym", tiny_model, tmp_path, *EVALUATION)
+    tasks = [prompt["problem"]["metadata"]["source_dataset"] for prompt in prompts]
+    assert tasks == ["chain_sum", "leg_counting", "spell_backward", "simple_equations"] * 3
+    row = merged(metrics)
+    assert {"reward/reasoning_gym", "reward/format", "scoring/reasoning_gym_s", "scoring/format_s"} <= row.keys()
+    assert row["reward/reasoning_gym"] + row["reward/format"] == pytest.approx(row["reward/mean"], abs=1e-6)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from math_pairs import THEIRS, Pair, ours
 
 from rewards.math import math_reward
 from rewards.sample import Sample
@@ -56,3 +57,82 @@ def test_problem_without_an_answer() -> None:
 def test_works_outside_the_main_thread() -> None:
     with ThreadPoolExecutor(1) as executor:
         assert executor.submit(score, "#### 7", "#### 7").result() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("\\boxed{3+2x}", "2x+3", 1.0),
+        ("\\boxed{3}", "2x+3", 0.0),  # math-verify alone takes a plain reference's last number
+        ("#### x^2-1", "(x-1)(x+1)", 1.0),
+        ("#### The answer is 7", "7", 1.0),
+        ("#### 18cm", "18", 1.0),
+        ("#### 5 (five)", "5", 1.0),
+    ],
+)
+def test_plain_expressions_need_no_dollars(completion: str, answer: str, reward: float) -> None:
+    assert score(completion, answer) == reward
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "\\boxed{\\frac{1}{",
+        "\\frac{" * 50,
+        "\\boxed{\\int_0^}",
+        "$$$",
+        "\\left(\\right]",
+        "}{",
+        "\\begin{pmatrix}1&2",
+        "\x00",
+    ],
+)
+def test_malformed_latex_is_a_wrong_answer(completion: str) -> None:
+    assert score(completion, "7") == 0.0
+
+
+QUIRKS = {
+    ("\\frac{7}{5}", "The answer is 7/5."): "the full stop makes it 7 / 5.0, a float, which is no fraction",
+    ("2ab", "\\boxed{2ba}"): "`ba` is read as one name",
+    **{(f"{n}", f"\\fbox{{{n}}}"): "\\fbox is not looked for" for n in (7, -12, 144)},
+    **{(f"{n}", f"\\boxed {{{n}}}"): "nor is \\boxed with a space" for n in (7, -12, 144)},
+    **{
+        (f"{n}", f"First \\boxed{{1}} then \\boxed{{{n}}}"): "several boxes are one answer of several values"
+        for n in (7, -12, 144)
+    },
+}
+"""What a person would call equal and math-verify 0.9 does not. The reward says what math-verify says."""
+
+
+def library(gold: str, completion: str) -> bool:
+    from math_verify import parse, verify
+
+    return verify(parse(gold, parsing_timeout=60), parse(completion, parsing_timeout=60), timeout_seconds=60)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would call an answer wrong for which a busy machine has no time."""
+    monkeypatch.setattr("rewards.math.STEP_TIMEOUT_S", 60)
+
+
+@pytest.mark.usefixtures("patient")
+def test_agrees_with_math_verify_on_its_own_cases() -> None:
+    for gold, completion, equal in THEIRS:
+        assert (score(completion, gold) == 1.0, library(gold, completion)) == (equal, equal), (gold, completion)
+
+
+@pytest.mark.usefixtures("patient")
+def test_agrees_with_math_verify_on_our_pairs() -> None:
+    """Its references need dollars around LaTeX; given them, there is no disagreement at all."""
+    pairs: list[Pair] = ours()
+    assert len(set(pairs)) >= 300
+    without_dollars = 0
+    for gold, completion, equal in pairs:
+        wanted = equal and (gold, completion) not in QUIRKS
+        assert (score(completion, gold) == 1.0) == wanted, (gold, completion)
+        if library(gold, completion) != wanted:
+            without_dollars += 1
+            assert "$" not in gold and library(f"${gold}$", completion) == wanted, (gold, completion)
+    assert without_dollars < 60
+    assert {pair[:2] for pair in pairs} >= QUIRKS.keys()

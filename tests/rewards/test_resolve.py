@@ -25,11 +25,11 @@ def test_file_may_define_dataclasses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reference", "says"),
     [
-        ("nothing", "expected 'math' or PATH.py:FUNCTION"),
-        ("mine.py", "expected 'math' or PATH.py:FUNCTION"),
-        ("mine.py:", "expected 'math' or PATH.py:FUNCTION"),
-        ("mine.py:a b", "expected 'math' or PATH.py:FUNCTION"),
-        ("mine.txt:f", "expected 'math' or PATH.py:FUNCTION"),
+        ("nothing", "expected math, code, reasoning_gym, format, length, judge or PATH.py:FUNCTION"),
+        ("mine.py", "expected math, code, reasoning_gym, format, length, judge or PATH.py:FUNCTION"),
+        ("mine.py:", "expected math, code, reasoning_gym, format, length, judge or PATH.py:FUNCTION"),
+        ("mine.py:a b", "expected math, code, reasoning_gym, format, length, judge or PATH.py:FUNCTION"),
+        ("mine.txt:f", "expected math, code, reasoning_gym, format, length, judge or PATH.py:FUNCTION"),
         ("missing.py:f", "no such file"),
         ("mine.py:absent", "has no function 'absent'"),
         ("mine.py:CONSTANT", "'CONSTANT' is a int, not a function"),
