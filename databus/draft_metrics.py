@@ -1,31 +1,26 @@
 """How drafting goes, for a step's row: from what every worker has counted since its start to what is new."""
 
-from collections import Counter
 from collections.abc import Mapping
 
 from databus.peers import Peer
+from databus.worker_totals import WorkerTotals
 
 PLAIN = ("propose_s", "refused", "failures", "malformed_histories")
 """Counters that are reported as they are, as the number since the last row."""
 
 
 class DraftMetrics:
-    """Sums over workers; one that has left keeps its share, and one that returns under its name starts anew."""
+    """Of all workers."""
 
     def __init__(self) -> None:
-        self._counters: dict[str, Mapping[str, float]] = {}
-        self._reported: Counter[str] = Counter()
+        self._totals = WorkerTotals()
 
     def heard(self, peer: Peer) -> None:
-        self._counters[f"{peer.name}/{peer.hello.pid}"] = peer.beat.drafting
+        self._totals.heard(peer, peer.beat.drafting)
 
     def since_last(self) -> dict[str, float]:
         """`draft/acceptance`, `draft/accepted_per_round`, and, while anyone drafts, the rest."""
-        totals: Counter[str] = Counter()
-        for counters in self._counters.values():
-            totals.update(counters)
-        new = {name: totals[name] - self._reported[name] for name in totals}
-        self._reported = totals
+        new = self._totals.since_last()
         drafted, accepted, rounds = (new.get(name, 0.0) for name in ("drafted", "accepted", "rounds"))
         row = {
             "draft/acceptance": accepted / drafted if drafted > 0 else 0.0,

@@ -18,6 +18,7 @@ from echelon.recipe import RECIPE_FILE
 from echelon.roles.worker import Membership
 from echelon.run_folder import BusRecord, RunFolder
 from rewards.resolve import BUILT_IN
+from rollout.environments.resolve import is_file
 
 CONNECT_S = 10.0
 
@@ -28,12 +29,22 @@ def find_run(target: str, keys: Path | None) -> Membership:
 
 
 def with_recipe(run: Membership, recipe: Path) -> Membership:
-    """The recipe's own reward is taken from `recipe`; any other stays what it is."""
+    """The recipe's own reward and environment are taken from `recipe`; any other stays what it is."""
+    run = _with_environment(run, recipe)
     path, _, function = run.config.reward.function.rpartition(":")
     if path != RECIPE_FILE:
         return run
     reward = msgspec.structs.replace(run.config.reward, function=f"{recipe}:{function}")
     return _changed(run, reward=reward)
+
+
+def _with_environment(run: Membership, recipe: Path) -> Membership:
+    rollout = run.config.rollout
+    path, _, name = rollout.environment.name.rpartition(":")
+    if path != RECIPE_FILE:
+        return run
+    environment = msgspec.structs.replace(rollout.environment, name=f"{recipe}:{name}")
+    return _changed(run, rollout=msgspec.structs.replace(rollout, environment=environment))
 
 
 def with_model(run: Membership, model: str) -> Membership:
@@ -49,11 +60,20 @@ def check_has_all(run: Membership) -> None:
             f"the run's model {model} is not on this machine: copy it here, and name it with --model where it lies "
             "elsewhere"
         )
+    _check_has_environment(run)
     reference = run.config.reward.function
     file = run.reward_dir / reference.rpartition(":")[0]
     if reference != BUILT_IN and not file.is_file():
         how = "name the recipe with --recipe" if file.name == RECIPE_FILE else "copy it to the same path"
         raise ValueError(f"the run's reward, {reference}, is not on this machine: {how}")
+
+
+def _check_has_environment(run: Membership) -> None:
+    reference = run.config.rollout.environment.name
+    file = run.reward_dir / reference.rpartition(":")[0]
+    if is_file(reference) and not file.is_file():
+        how = "name the recipe with --recipe" if file.name == RECIPE_FILE else "copy it to the same path"
+        raise ValueError(f"the run's environment, {reference}, is not on this machine: {how}")
 
 
 def _by_folder(folder: RunFolder, keys: Path | None) -> Membership:
