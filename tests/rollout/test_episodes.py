@@ -284,16 +284,11 @@ def play_small(
         engine = make_engine(config, str(model), seed=7, version=2)
         await engine.start()
         try:
-            limits = replace_limits(config.environment)
-            return await episodes_of(engine, answers, tokenizer, limits, config.context_tokens).play(asked, {})
+            return await episodes_of(engine, answers, tokenizer, PLAIN, config.context_tokens).play(asked, {})
         finally:
             await engine.close()
 
     return asyncio.run(scenario())
-
-
-def replace_limits(config: EnvironmentConfig) -> EnvironmentConfig:
-    return config if config.name else PLAIN
 
 
 def test_logprobs_of_every_turn_are_those_of_the_whole_text(

@@ -97,10 +97,8 @@ def test_a_state_lives_from_step_to_step_in_any_process(opened: Opened) -> None:
         return await asyncio.gather(*(opened.pool.step(first.state, "end") for first in firsts))
 
     steps = opened.run(scenario())
-    assert [(step.output, step.parts, step.done) for step in steps] == [
-        ("2", {"a": 1.0}, True),
-        ("11", {"a": 1.0}, True),
-    ]
+    assert [step.output for step in steps] == ["2", "11"]
+    assert all(step.done and step.parts == {"a": 1.0} for step in steps)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +149,7 @@ def test_what_is_no_step_fails_the_group(opened: Opened, turn: str) -> None:
 
 
 def test_a_problem_that_cannot_be_begun_fails_the_group(opened: Opened) -> None:
-    with pytest.raises(
-        RewardError, match=r"environment 'guess.py:Guess' failed at reset: KeyError: 'answer' .*guess.py"
-    ):
+    with pytest.raises(RewardError, match=r"'guess.py:Guess' failed at reset: KeyError: 'answer' .*guess.py"):
         opened.run(opened.pool.reset({"bad": True}))
 
 
