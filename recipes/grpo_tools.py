@@ -3,9 +3,9 @@
     python recipes/prepare_tools.py --out .cache/tools
     echelon run recipes/grpo_tools.py rollout.device=cuda learner.device=cuda
 
-An episode has up to six turns; the chat template tells the model of the calculator, and what that answers bears no loss.
-Not yet run at this size: tested for two steps with a tiny model on this data. Needs one or two NVIDIA GPUs and the hub
-(or `model=DIR`). `rollout.environment.name=python` runs programs in the sandbox instead.
+An episode has up to six turns; the chat template tells the model of the calculator, whose answers bear no loss. Not yet
+run at this size: tested for two steps with a tiny model on this data. Needs one or two NVIDIA GPUs and the hub (or
+`model=DIR`).
 """
 
 import re
