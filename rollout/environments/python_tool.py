@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rewards.config import RewardConfig
-from rollout.environments.tool_calls import ToolEnvironment, tool_schema
+from rollout.environments.tool_calls import ToolEnvironment, ToolError, tool_schema
 
 SANDBOX = "rewards.sandbox"
 
@@ -36,15 +36,14 @@ def start_sandbox(reward: RewardConfig) -> Any:
 
 
 def run_python(sandbox: Any, code: str, limit_s: float) -> str:
-    """What a program has printed, and the last line of what went wrong.
+    """What a program has printed.
 
-    Raises: ValueError, one line for the model, where it ran too long; SandboxError.
+    Raises: ToolError, with what it has printed until then, where it failed or ran too long; SandboxError.
     """
     outcome = sandbox.run(code, limit_s=limit_s)
-    if outcome.late:
-        raise ValueError(f"the program took longer than {limit_s:g} s")
     printed = outcome.stdout.decode(errors="replace").rstrip("\n")
-    if outcome.exit_code == 0:
+    if outcome.exit_code == 0 and not outcome.late:
         return printed
-    wrong = outcome.stderr.decode(errors="replace").strip().splitlines()
-    raise ValueError("\n".join(part for part in (printed, wrong[-1] if wrong else "the program was ended") if part))
+    lines = outcome.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {outcome.exit_code}"]
+    wrong = f"the program took longer than {limit_s:g} s" if outcome.late else lines[-1]
+    raise ToolError("\n".join(part for part in (printed, f"error: {wrong}") if part))

@@ -17,6 +17,10 @@ MAX_ERROR_CHARACTERS = 300
 Tool = Callable[..., str]
 
 
+class ToolError(Exception):
+    """A call has failed; the model is told this very text."""
+
+
 class Call(msgspec.Struct, frozen=True, kw_only=True):
     """`arguments` by name, all of them text."""
 
@@ -57,6 +61,8 @@ class ToolEnvironment:
             if tool is None:
                 raise ValueError(f"no tool {call.name!r}; there is {', '.join(self._tools)}")
             return tool(**call.arguments), False
+        except ToolError as error:
+            return str(error), True
         except Exception as error:
             return error_text(error), True
 

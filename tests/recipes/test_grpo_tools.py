@@ -72,7 +72,8 @@ def test_runs_two_steps_in_which_tools_are_called(tiny_model: Path, tmp_path: Pa
         f"model={model}", f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/eval.jsonl",
         "rollout.engine=small", "rollout.dtype=float32", "rollout.max_sequences=16", "rollout.context_tokens=440",
         "rollout.max_tokens=100", "rollout.environment.max_turns=3", "learner.dtype=float32", "learner.steps=2",
-        "learner.lr=1e-4", "group_size=4", "batch_groups=2", "eval.every=2", "bus.heartbeat_s=0.2", "draft.record=true", "wandb.mode=disabled",
+        "learner.lr=1e-4", "group_size=4", "batch_groups=2", "eval.every=2", "bus.heartbeat_s=0.2",
+        "draft.record=true", "wandb.mode=disabled",
     ]  # fmt: skip
     command = [sys.executable, "-m", "echelon", "run", "recipes/grpo_tools.py", "--run-dir", str(run_dir), *settings]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)

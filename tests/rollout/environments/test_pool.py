@@ -175,3 +175,13 @@ def test_a_name_that_there_is_not(folder: Path, name: str, said: str) -> None:
     with pytest.raises(ValueError) as caught:
         load_class(name, folder)
     assert said in str(caught.value) and str(caught.value).startswith("rollout.environment.name=")
+
+
+def test_the_guides_example(tmp_path: Path) -> None:
+    guide = (Path(__file__).resolve().parents[3] / "docs" / "guide" / "write-an-environment.md").read_text()
+    (tmp_path / "games.py").write_text(guide.split("```python\n")[1].split("```")[0])
+    game = load_class("games.py:HigherOrLower", tmp_path)()
+    first = game.step(game.reset({"number": 7}), "3")
+    second = game.step(first.state, " 9\n")
+    assert (first.output, second.output, second.done) == ("higher", "lower", False)
+    assert game.step(second.state, "7") == Step(done=True, parts={"found": 1 / 3})

@@ -115,7 +115,7 @@ def test_python_runs_in_the_sandbox() -> None:
     tool = PythonTool(RewardConfig(), 2.0)
     for code, output, errors in [
         ("print(6*7)", "42", 0),
-        ("print(1)\n1/0", "error: 1 ZeroDivisionError: division by zero", 1),
+        ("print(1)\n1/0", "1\nerror: ZeroDivisionError: division by zero", 1),
         ("import time; time.sleep(60)", "error: the program took longer than 2 s", 1),
         ("print(open('/etc/passwd').read())", None, 1),
     ]:
