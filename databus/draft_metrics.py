@@ -3,24 +3,24 @@
 from collections.abc import Mapping
 
 from databus.peers import Peer
-from databus.worker_totals import WorkerTotals
+from databus.worker_counters import WorkerCounters
 
 PLAIN = ("propose_s", "refused", "failures", "malformed_histories")
 """Counters that are reported as they are, as the number since the last row."""
 
 
 class DraftMetrics:
-    """Of all workers."""
+    """From `Heartbeat.drafting`."""
 
     def __init__(self) -> None:
-        self._totals = WorkerTotals()
+        self._counters = WorkerCounters()
 
     def heard(self, peer: Peer) -> None:
-        self._totals.heard(peer, peer.beat.drafting)
+        self._counters.heard(peer, peer.beat.drafting)
 
     def since_last(self) -> dict[str, float]:
         """`draft/acceptance`, `draft/accepted_per_round`, and, while anyone drafts, the rest."""
-        new = self._totals.since_last()
+        new = self._counters.since_last()
         drafted, accepted, rounds = (new.get(name, 0.0) for name in ("drafted", "accepted", "rounds"))
         row = {
             "draft/acceptance": accepted / drafted if drafted > 0 else 0.0,

@@ -1,7 +1,7 @@
 """How episodes of several turns go, for a step's row."""
 
 from databus.peers import Peer
-from databus.worker_totals import WorkerTotals
+from databus.worker_counters import WorkerCounters
 
 PLAIN = {
     "episodes": "episodes",
@@ -14,17 +14,17 @@ PLAIN = {
 
 
 class EpisodeMetrics:
-    """Of all workers."""
+    """From `Heartbeat.episodes`."""
 
     def __init__(self) -> None:
-        self._totals = WorkerTotals()
+        self._counters = WorkerCounters()
 
     def heard(self, peer: Peer) -> None:
-        self._totals.heard(peer, peer.beat.episodes)
+        self._counters.heard(peer, peer.beat.episodes)
 
     def since_last(self) -> dict[str, float]:
         """Nothing where completions are of one turn. Turns and episodes are counted as they end."""
-        new = self._totals.since_last()
+        new = self._counters.since_last()
         if not new:
             return {}
         episodes = new.get("episodes", 0.0)

@@ -1,4 +1,4 @@
-"""What all workers have counted together, from counters that each keeps since its own start."""
+"""What workers have counted since their start, as what is new since the last step."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from databus.peers import Peer
 
 
-class WorkerTotals:
+class WorkerCounters:
     """Sums over workers; one that has left keeps its share, and one that returns under its name starts anew."""
 
     def __init__(self) -> None:
@@ -14,11 +14,9 @@ class WorkerTotals:
         self._reported: Counter[str] = Counter()
 
     def heard(self, peer: Peer, counters: Mapping[str, float]) -> None:
-        """Args: counters: of the peer's newest heartbeat."""
         self._counters[f"{peer.name}/{peer.hello.pid}"] = counters
 
     def since_last(self) -> dict[str, float]:
-        """What every counter has grown by since the last call; empty where no worker has any."""
         totals: Counter[str] = Counter()
         for counters in self._counters.values():
             totals.update(counters)
