@@ -283,13 +283,13 @@ def test_episodes_of_several_turns(
             return 0
 
         async def step(self, state: int, turn: str) -> Step:
-            turns.append(turn)
-            if state == 0 and len(turns) == 4:
+            first_turns.extend([turn] if state == 0 else [])
+            if state == 0 and len(first_turns) == 4:
                 version = served.engine.version + 1
                 await served.update(make_snapshot(other_weights(version), version), other_weights(version))
             return Step(output="12+3", state=state + 1, done=state == 1)
 
-    turns: list[str] = []
+    first_turns: list[str] = []
     old, version = served.weights, served.engine.version
     config = EnvironmentConfig(name="test", before=";", after="=")
     tokens = TurnTokens(AutoTokenizer.from_pretrained(tiny_model), config)
