@@ -29,4 +29,4 @@ def test_credit() -> None:
 
 def test_what_goes_on_comes_before_all_that_is_to_begin() -> None:
     order = BeginOrder(1)
-    assert BEGUN < min(order.priority(predicted, 1 << 30) for predicted in (0, 1, 1 << 30))
+    assert min(order.priority(predicted, 1 << 30) for predicted in (0, 1, 1 << 30)) > BEGUN
