@@ -59,13 +59,14 @@ class Heartbeat(Struct, frozen=True, kw_only=True, tag=True):
     """Any peer -> broker, every `heartbeat_s`; answered by `HeartbeatReply`. Counters are cumulative.
 
     `drafting`: counters of the drafter by name; see `databus.draft_metrics`. `scoring`: of the reward's parts; see
-    `databus.scoring_metrics`.
+    `databus.scoring_metrics`. `episodes`: of episodes of several turns; see `databus.episode_metrics`.
     """
 
     running_sequences: int = 0
     generated_tokens: int = 0
     drafting: dict[str, float] = {}
     scoring: dict[str, float] = {}
+    episodes: dict[str, float] = {}
 
 
 class Goodbye(Struct, frozen=True, kw_only=True, tag=True):

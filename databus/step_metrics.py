@@ -9,6 +9,7 @@ import numpy as np
 from databus.batches import CutBatch
 from databus.codec import Array
 from databus.draft_metrics import DraftMetrics
+from databus.episode_metrics import EpisodeMetrics
 from databus.groups import Group
 from databus.messages import Mismatch, VersionApplied
 from databus.peers import Peer
@@ -27,6 +28,7 @@ class StepMetrics:
         self._refused: set[int] = set()
         self._drafting = DraftMetrics()
         self._scoring = ScoringMetrics()
+        self._episodes = EpisodeMetrics()
         self._slow: dict[str, float] = {}
         self._num_slow = 0
 
@@ -59,6 +61,7 @@ class StepMetrics:
     def heard(self, peer: Peer) -> None:
         self._drafting.heard(peer)
         self._scoring.heard(peer)
+        self._episodes.heard(peer)
 
     def row(self, batch: CutBatch, learner: Mapping[str, float], queued: int, counts: Mapping[str, int]) -> dict:
         """The row of a step that was just taken."""
@@ -66,7 +69,8 @@ class StepMetrics:
         row: dict[str, float] = {"step": batch.step, "time_s": self.elapsed_s()}
         row |= _reward_metrics(batch) | _length_metrics(batch) | _staleness_metrics(batch)
         row["rollout/tokens_per_s"] = self._tokens / max(1e-9, now - self._since)
-        row |= self._drafting.since_last() | self._scoring.since_last() | self._weight_metrics() | self._gate_metrics()
+        row |= self._drafting.since_last() | self._scoring.since_last() | self._episodes.since_last()
+        row |= self._weight_metrics() | self._gate_metrics()
         row["bus/queued_groups"] = queued
         row |= {"bus/slow_workers": self._num_slow} | self._slow
         row |= {f"ledger/{state}_groups": count for state, count in counts.items()}

@@ -1,6 +1,6 @@
 """What workers have counted since their start, as what is new since the last step."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 
 from databus.peers import Peer
@@ -11,15 +11,16 @@ class WorkerCounters:
 
     def __init__(self) -> None:
         self._counters: dict[str, Mapping[str, float]] = {}
-        self._reported: Counter[str] = Counter()
+        self._reported: defaultdict[str, float] = defaultdict(float)
 
     def heard(self, peer: Peer, counters: Mapping[str, float]) -> None:
         self._counters[f"{peer.name}/{peer.hello.pid}"] = counters
 
     def since_last(self) -> dict[str, float]:
-        totals: Counter[str] = Counter()
+        totals: defaultdict[str, float] = defaultdict(float)
         for counters in self._counters.values():
-            totals.update(counters)
-        new: dict[str, float] = {name: totals[name] - self._reported[name] for name in totals}
+            for name, count in counters.items():
+                totals[name] += count
+        new = {name: totals[name] - self._reported[name] for name in totals}
         self._reported = totals
         return new

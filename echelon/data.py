@@ -14,13 +14,16 @@ from echelon.rows import Rows
 BATCH_ROWS = 1024
 
 
-def prompt_lines(key: str, rows: Rows, config: RunConfig, tokenizer: Any, vocab_size: int) -> list[bytes]:
+def prompt_lines(
+    key: str, rows: Rows, config: RunConfig, tokenizer: Any, vocab_size: int, tools: Sequence[dict[str, Any]] = ()
+) -> list[bytes]:
     """The rows' lines of a prompt file.
 
-    Args: key: the setting that the rows came from, for messages. tokenizer: a transformers tokenizer.
+    Args: key: the setting that the rows came from, for messages. tokenizer: a transformers tokenizer. tools: JSON
+        schemas, which a chat template writes into the prompt.
     Raises: ValueError, in one line naming the row, for a template or a prompt that cannot be used.
     """
-    prompts = format_prompts(key, rows, config.data, tokenizer)
+    prompts = format_prompts(key, rows, config.data, tokenizer, tools)
     token_ids: list[list[int]] = []
     for start in range(0, len(prompts), BATCH_ROWS):
         # A chat template writes the special tokens itself.
@@ -34,11 +37,13 @@ def prompt_lines(key: str, rows: Rows, config: RunConfig, tokenizer: Any, vocab_
         raise ValueError(f"{key}: a row cannot be written as JSON, for the reward function: {error}") from None
 
 
-def format_prompts(key: str, rows: Rows, data: DataConfig, tokenizer: Any) -> list[str]:
+def format_prompts(
+    key: str, rows: Rows, data: DataConfig, tokenizer: Any, tools: Sequence[dict[str, Any]] = ()
+) -> list[str]:
     """`data.prompt` filled in with each row, as a chat's first turn where `data.chat` asks for it."""
     check_template(key, data.prompt, rows[0])
     texts = [_fill(key, data.prompt, number, row) for number, row in enumerate(rows, start=1)]
-    return [_as_chat(text, data.system, tokenizer) for text in texts] if data.chat else texts
+    return [_as_chat(text, data.system, tokenizer, tools) for text in texts] if data.chat else texts
 
 
 def check_template(key: str, template: str, row: dict[str, Any]) -> None:
@@ -65,10 +70,11 @@ def _fill(key: str, template: str, number: int, row: dict[str, Any]) -> str:
     return text
 
 
-def _as_chat(text: str, system: str, tokenizer: Any) -> str:
+def _as_chat(text: str, system: str, tokenizer: Any, tools: Sequence[dict[str, Any]]) -> str:
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": text})
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    more = {"tools": list(tools)} if tools else {}
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **more)
 
 
 def check_lengths(key: str, token_ids: Sequence[Sequence[int]], context_tokens: int) -> None:

@@ -18,6 +18,7 @@ from echelon.recipe import RECIPE_FILE
 from echelon.roles.worker import Membership
 from echelon.run_folder import BusRecord, RunFolder
 from rewards.resolve import BUILT_INS, references, with_references
+from rollout.environments.resolve import is_file
 
 CONNECT_S = 10.0
 
@@ -28,13 +29,23 @@ def find_run(target: str, keys: Path | None) -> Membership:
 
 
 def with_recipe(run: Membership, recipe: Path) -> Membership:
-    """The recipe's own reward is taken from `recipe`; any other stays what it is."""
+    """The recipe's own reward and environment are taken from `recipe`; any other stays what it is."""
 
     def moved(reference: str) -> str:
         path, _, function = reference.rpartition(":")
         return f"{recipe}:{function}" if path == RECIPE_FILE else reference
 
+    run = _with_environment(run, recipe)
     return _changed(run, reward=with_references(run.config.reward, moved))
+
+
+def _with_environment(run: Membership, recipe: Path) -> Membership:
+    rollout = run.config.rollout
+    path, _, name = rollout.environment.name.rpartition(":")
+    if path != RECIPE_FILE:
+        return run
+    environment = msgspec.structs.replace(rollout.environment, name=f"{recipe}:{name}")
+    return _changed(run, rollout=msgspec.structs.replace(rollout, environment=environment))
 
 
 def with_model(run: Membership, model: str) -> Membership:
@@ -50,11 +61,20 @@ def check_has_all(run: Membership) -> None:
             f"the run's model {model} is not on this machine: copy it here, and name it with --model where it lies "
             "elsewhere"
         )
+    _check_has_environment(run)
     for reference in references(run.config.reward):
         file = run.reward_dir / reference.rpartition(":")[0]
         if reference not in BUILT_INS and not file.is_file():
             how = "name the recipe with --recipe" if file.name == RECIPE_FILE else "copy it to the same path"
             raise ValueError(f"the run's reward, {reference}, is not on this machine: {how}")
+
+
+def _check_has_environment(run: Membership) -> None:
+    reference = run.config.rollout.environment.name
+    file = run.reward_dir / reference.rpartition(":")[0]
+    if is_file(reference) and not file.is_file():
+        how = "name the recipe with --recipe" if file.name == RECIPE_FILE else "copy it to the same path"
+        raise ValueError(f"the run's environment, {reference}, is not on this machine: {how}")
 
 
 def _by_folder(folder: RunFolder, keys: Path | None) -> Membership:

@@ -17,7 +17,8 @@ from echelon.validate import validate
 from learner.checks import ADVANTAGE_SETTING, names_function
 from rewards.python_file import describe, import_file
 from rewards.resolve import REWARD_SETTING, split_reference, with_references
-from rollout.config import why_not_sampling
+from rollout.config import RolloutConfig, why_not_sampling
+from rollout.environments.resolve import ENVIRONMENT_SETTING, check_reference, is_file
 
 RECIPE_FILE = "recipe.py"
 """The name of the recipe's copy in a run folder; a reward that it defines is referred to by that name."""
@@ -97,9 +98,19 @@ def _with_absolute_paths(config: RunConfig, file: Path) -> RunConfig:
         model=_absolute(config.model),
         data=data,
         reward=reward,
+        rollout=_with_absolute_environment(config.rollout, file),
         learner=msgspec.structs.replace(config.learner, advantage=advantage),
         bus=_with_absolute_keys(config.bus),
     )
+
+
+def _with_absolute_environment(rollout: RolloutConfig, file: Path) -> RolloutConfig:
+    environment = rollout.environment
+    check_reference(environment.name)
+    if not is_file(environment.name):
+        return rollout
+    name = _function_reference(environment.name, file, ENVIRONMENT_SETTING)
+    return msgspec.structs.replace(rollout, environment=msgspec.structs.replace(environment, name=name))
 
 
 def _with_absolute_keys(bus: BusConfig) -> BusConfig:

@@ -68,6 +68,31 @@ class GateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.max_kl > 0
 
 
+class EnvironmentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Episodes of several turns: after each turn of the model an environment answers, until it is done.
+
+    name: `calculator`, `python` (in the sandbox), or `PATH.py:CLASS`; "": completions are of one turn.
+    max_turns: of the model. turn_tokens: that it may sample in one; 0: as many as `max_tokens` leaves.
+    output_tokens: of an answer; the rest is cut off, and the model told so.
+    episode_s: after so long no new turn is begun. step_s: time for one answer; a tool that takes longer is killed, and
+        the model told so. Whatever ends an episode before its environment does, it is truncated.
+    processes: that answer, in each worker.
+    role: under which an answer stands in the tokenizer's chat template. before, after: text around an answer instead of
+        what the chat template has there; special tokens in it are taken as such.
+    """
+
+    name: str = ""
+    max_turns: PositiveInt = 8
+    turn_tokens: Annotated[int, Meta(ge=0)] = 0
+    output_tokens: PositiveInt = 512
+    episode_s: PositiveFloat = 600.0
+    step_s: PositiveFloat = 10.0
+    processes: PositiveInt = 2
+    role: Literal["tool", "user"] = "tool"
+    before: str = ""
+    after: str = ""
+
+
 class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Rollout workers and their engines.
 
@@ -80,12 +105,14 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ahead: groups that a worker holds beyond its engine's room, as a share of that room. They wait in the engine, so
         that a sequence which ends makes room at once, not only when the last of its group has; 0 holds none.
     context_tokens: prompt and completion together; a longer prompt is refused before the run starts.
-    max_tokens, temperature: sampling of training completions. There is no top-p or top-k: they would bias
-        the importance ratio between the sampled and the trained distribution.
+    max_tokens, temperature: sampling of training completions; of an episode of several turns, all tokens together.
+        There is no top-p or top-k: they would bias the importance ratio between the sampled and the trained
+        distribution.
     gpu_memory_fraction: share of a GPU that vLLM may take. kv_cache_gib: KV cache of a CPU engine.
     enforce_eager: skip vLLM's graph capture and compilation (faster start, slower steps).
     reasoning: budgets within `max_tokens`, which must have room for thinking, its end and the solution.
     gate: how far engine and learner may differ about a version that is to be served.
+    environment: what answers the model between its turns; budgets of reasoning are then those of each turn.
     """
 
     workers: PositiveInt = 1
@@ -105,6 +132,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     start_timeout_s: PositiveFloat = 600.0
     reasoning: ReasoningConfig = ReasoningConfig()
     gate: GateConfig = GateConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
 
 
 class DraftConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

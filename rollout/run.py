@@ -17,6 +17,9 @@ from rewards.pool import RewardPool
 from rollout.config import DraftConfig, RolloutConfig
 from rollout.engine.base import Engine
 from rollout.engine.factory import make_engine
+from rollout.environments.pool import EnvironmentPool
+from rollout.environments.turn_tokens import load_turn_tokens
+from rollout.episodes import Episodes
 from rollout.history_in import HistoryReader
 from rollout.lease_work import LeaseWork
 from rollout.merging import MergingPull
@@ -61,18 +64,26 @@ async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun
     """
     engine = make_engine(config, run.model, run.seed, version=0, draft=run.draft)
     pool = RewardPool(reward, run.reward_dir, initializer=prepare_scoring)
+    environments = make_environments(config, reward, run.reward_dir)
     with interrupts() as on_signal:
         try:
             await pool.start()
+            if environments is not None:
+                await environments.start()
             await engine.start()
             logger.info("engine ready, version %d", engine.version)
             detokenize = await asyncio.to_thread(load_detokenizer, run.model)
             histories = HistoryReader()
-            client = make_client(engine.version, lambda: heartbeat(engine, histories, pool))
-            work = LeaseWork(engine, pool, detokenize, histories)
+            episodes = None
+            if environments is not None:
+                turns = await asyncio.to_thread(load_turn_tokens, run.model, config.environment)
+                episodes = Episodes(engine, environments, turns, detokenize, config.environment, config.context_tokens)
+            client = make_client(engine.version, lambda: heartbeat(engine, histories, pool, episodes))
+            work = LeaseWork(engine, pool, detokenize, histories, episodes)
             stop = await _serve(client, work, config, run, on_signal)
         finally:
-            await asyncio.gather(engine.close(), pool.close(), return_exceptions=True)
+            pools = [each for each in (pool, environments) if each is not None]
+            await asyncio.gather(engine.close(), *(each.close() for each in pools), return_exceptions=True)
     if not stop.ok:
         raise RunFailedError(stop.reason)
 
@@ -112,7 +123,16 @@ def _told(worker: Worker, number: int) -> None:
         worker.stop("told to stop")
 
 
-def heartbeat(engine: Engine, histories: HistoryReader, pool: RewardPool) -> Heartbeat:
+def make_environments(config: RolloutConfig, reward: RewardConfig, base_dir: Path) -> EnvironmentPool | None:
+    """None where completions are of one turn."""
+    if not config.environment.name:
+        return None
+    return EnvironmentPool(config.environment, reward, base_dir, initializer=prepare_scoring)
+
+
+def heartbeat(
+    engine: Engine, histories: HistoryReader, pool: RewardPool, episodes: Episodes | None = None
+) -> Heartbeat:
     stats = engine.stats()
     drafting = {**stats.drafting, "malformed_histories": histories.malformed} if stats.drafting else {}
     return Heartbeat(
@@ -120,6 +140,7 @@ def heartbeat(engine: Engine, histories: HistoryReader, pool: RewardPool) -> Hea
         generated_tokens=stats.generated_tokens,
         drafting=drafting,
         scoring=pool.counters(),
+        episodes={} if episodes is None else dict(episodes.counters),
     )
 
 

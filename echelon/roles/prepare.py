@@ -6,9 +6,13 @@ It runs before every other role, so that bad input ends the run before anything 
 import argparse
 import logging
 import sys
+from typing import TYPE_CHECKING, Any
 
 from echelon.errors import role_main
 from echelon.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rollout.config import EnvironmentConfig
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +30,14 @@ def prepare(folder: RunFolder) -> None:
     from rewards.compose import load_parts
     from rollout.engine.end_tag import end_tag
     from rollout.engine.end_tokens import end_token_ids
+    from rollout.environments.resolve import tool_schemas
 
     config = folder.config()
     if needs_hub(config):
         use_cache_if_offline()
     load_parts(config.reward, folder.path)
     load_advantage(config, folder.path)
+    tools = tool_schemas(config.rollout.environment, folder.path)
 
     from echelon.model_check import check_adapters, check_devices, check_end_tokens, check_model, load_tokenizer
 
@@ -45,6 +51,8 @@ def prepare(folder: RunFolder) -> None:
         end = end_tag(tokenizer, config.rollout.reasoning.end)
         check_vocabulary("rollout.reasoning.end", [end.token_ids], vocab_size)
         check_reasoning(config, len(end))
+    if config.rollout.environment.name:
+        _check_turns(config.rollout.environment, tokenizer, vocab_size)
     tokenizer.save_pretrained(folder.tokenizer)  # for those who show text and must stay light
     data = config.data
     sources = [("data.train", data.train, data.train_split, data.max_train, folder.train_prompts)]
@@ -52,8 +60,16 @@ def prepare(folder: RunFolder) -> None:
         sources.append(("data.eval", data.eval, data.eval_split, data.max_eval, folder.eval_prompts))
     for key, source, split, limit, file in sources:
         rows = load_rows(key, source, split, data, limit)
-        write_prompts(file, prompt_lines(key, rows, config, tokenizer, vocab_size))
+        write_prompts(file, prompt_lines(key, rows, config, tokenizer, vocab_size, tools))
         logger.info("%s: %d prompts from %s", key, len(rows), source)
+
+
+def _check_turns(config: "EnvironmentConfig", tokenizer: Any, vocab_size: int) -> None:
+    from echelon.data import check_vocabulary
+    from rollout.environments.turn_tokens import TurnTokens
+
+    turns = TurnTokens(tokenizer, config)
+    check_vocabulary("rollout.environment", [[0, *turns.before, *turns.after]], vocab_size)
 
 
 def main() -> int:

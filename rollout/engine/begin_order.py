@@ -1,5 +1,8 @@
 """Which of the waiting requests an engine begins first."""
 
+BEGUN = -(1 << 40)
+"""Before all others: a completion that goes on. Its group waits for it, and the engine may still have its cache."""
+
 
 class BeginOrder:
     """Longest predicted first, but nobody is overtaken for ever.

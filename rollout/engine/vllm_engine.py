@@ -36,7 +36,7 @@ from rollout.engine.base import (
     UpdateFailed,
     UpdateReport,
 )
-from rollout.engine.begin_order import BeginOrder
+from rollout.engine.begin_order import BEGUN, BeginOrder
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
 from rollout.engine.vllm_gate import PROBE_SAMPLING, VllmGate
@@ -189,7 +189,9 @@ class VllmEngine:
             extra_args=self._extra_arguments(request, index),
             **self._sampling_fields,
         )
-        priority = self._begin_order.priority(request.predicted_tokens, request.sampling.max_tokens)
+        priority = BEGUN
+        if not request.prefix:
+            priority = self._begin_order.priority(request.predicted_tokens, request.sampling.max_tokens)
         self._running += 1
         try:
             while True:

@@ -1,4 +1,4 @@
-from rollout.engine.begin_order import BeginOrder
+from rollout.engine.begin_order import BEGUN, BeginOrder
 from rollout.worker import credit_groups
 
 
@@ -25,3 +25,8 @@ def test_credit() -> None:
     assert credit_groups(64, 8, ahead=0.5) == 12
     assert credit_groups(4, 8, ahead=0.0) == 1
     assert credit_groups(4, 8, ahead=0.25) == 2
+
+
+def test_what_goes_on_comes_before_all_that_is_to_begin() -> None:
+    order = BeginOrder(1)
+    assert min(order.priority(predicted, 1 << 30) for predicted in (0, 1, 1 << 30)) > BEGUN

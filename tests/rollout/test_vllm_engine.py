@@ -18,9 +18,10 @@ import pytest
 import torch
 import xxhash
 from msgspec import structs
+from transformers import AutoTokenizer
 
 from databus.messages import AdaptedWeight, Adapter, Sampling
-from rollout.config import ReasoningConfig, RolloutConfig
+from rollout.config import EnvironmentConfig, ReasoningConfig, RolloutConfig
 from rollout.engine.base import (
     Completion,
     EngineError,
@@ -32,6 +33,9 @@ from rollout.engine.base import (
 )
 from rollout.engine.reasoning import ReasoningEngine
 from rollout.engine.vllm_engine import VllmEngine
+from rollout.environments.base import Step
+from rollout.environments.turn_tokens import TurnTokens
+from rollout.episodes import Episodes
 from rollout.merging import MergingPull
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -305,6 +309,46 @@ def test_budgets_of_thinking_and_solution(
         assert mask[:12].all()
 
 
+def test_episodes_of_several_turns(
+    served: Served, tiny_model: Path, other_weights: Callable, make_snapshot: Callable, reference: Callable
+) -> None:
+    """Two turns with answers between them, and other weights before the second of them."""
+
+    class Answers:
+        async def reset(self, problem: dict[str, Any]) -> int:
+            return 0
+
+        async def step(self, state: int, turn: str) -> Step:
+            first_turns.extend([turn] if state == 0 else [])
+            if state == 0 and len(first_turns) == 4:
+                version = served.engine.version + 1
+                await served.update(make_snapshot(other_weights(version), version), other_weights(version))
+            return Step(output="12+3", state=state + 1, done=state == 1)
+
+    first_turns: list[str] = []
+    old, version = served.weights, served.engine.version
+    config = EnvironmentConfig(name="test", before=";", after="=")
+    tokens = TurnTokens(AutoTokenizer.from_pretrained(tiny_model), config)
+    episodes = Episodes(served.engine, Answers(), tokens, lambda ids: "", config, CONFIG.context_tokens)
+    played = served.run(episodes.play(request("episodes", size=16, tokens=150), {}))
+    both = [each.completion for each in played if len(each.transcript) == 3]
+    assert len(both) > 4
+    for completion in both:
+        mask = completion.sampled().astype(bool)
+        assert completion.token_ids[~mask].tolist() == [15, 4, 5, 13, 6, 14]
+        end = int(np.argmin(mask))
+        assert completion.token_ids[end - 1] == 2, "the first turn has ended by itself"
+        for weights, its_version in ((old, version), (served.weights, version + 1)):
+            its_own = mask & (completion.versions == its_version)
+            expected = reference(weights, PROMPT, completion, 1.0)
+            for turn in (np.s_[:end], np.s_[end:]):
+                picked = its_own[turn]
+                if (picked != mask[turn]).any():
+                    continue  # only one that is of a version from its begin to its end is of its weights alone
+                np.testing.assert_allclose(completion.logprobs[turn][picked], expected[turn][picked], atol=TOLERANCE)
+    assert any((each.versions[0], each.versions[-1]) == (version, version + 1) for each in both)
+
+
 def serves_what_it_says(served: Served, reference: Callable, name: str) -> bool:
     completions: list[Completion] = served.run(served.engine.generate(request(name)))
     return all(
@@ -373,6 +417,9 @@ ORPHAN_SCRIPT = """
 import asyncio, sys
 from rollout.config import RolloutConfig
 from rollout.engine.vllm_engine import VllmEngine
+from rollout.environments.base import Step
+from rollout.environments.turn_tokens import TurnTokens
+from rollout.episodes import Episodes
 
 async def main():
     engine = VllmEngine(RolloutConfig(context_tokens=64, max_sequences=4), sys.argv[1], 0, 0)

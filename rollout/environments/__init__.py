@@ -1,0 +1,1 @@
+"""Environments: what answers a model between its turns."""
