@@ -11,7 +11,7 @@ from databus.slowness import MIN_WORKERS, median_of_others
 from echelon.report.series import column
 
 WARM_UP_STEPS = 3
-"""Steps left out of averages of a run with more than twice as many: engines compile, and there is nothing queued yet."""
+"""Left out of averages of a run with more than twice as many: engines compile, and nothing is queued yet."""
 MIN_STEPS = 4
 """Fewer tell nothing."""
 WAIT_SHARE = 0.25
@@ -127,7 +127,8 @@ def workers_wait(figures: Figures) -> Advice | None:
         _, queued = column(figures.steady, "bus/queued_groups")
         if not batch or not len(queued) or float(np.median(queued)) < AHEAD_BATCHES * batch:
             return None
-        said = f"{np.median(queued):.0f} groups ({np.median(queued) / batch:.1f} batches) wait for the learner all the time"
+        median = float(np.median(queued))
+        said = f"{median:.0f} groups ({median / batch:.1f} batches) wait for the learner all the time"
         weight = AHEAD_BATCHES * 0.5
     return Advice(
         f"{said}: fewer workers (rollout.workers), or a faster learner (learner.ranks, learner.microbatch_tokens).",

@@ -13,12 +13,17 @@ from echelon.report.svg import Line, bar_chart, heat_map, line_chart, stacked_ch
 
 Runs = Sequence[RunFacts]
 LAGS = tuple(LAG_BUCKETS)
+MAX_PARTS = 6
+"""Of a composed reward, that one chart can tell apart."""
+DRAFT_LAGS = (0, 1, 2, 4, 8, 16)
+"""Least age, in versions, of each class of draft tokens (`rollout.drafting.counters.LAGS`)."""
 DRAFT_SOURCES = ("own", "sibling", "epoch", "common")
 
 
 def reward_charts(runs: Runs) -> list[str]:
-    parts = sorted({name for run in runs for row in run.rows[-1:] for name in row if name.startswith("reward/")})
-    shown = ["reward/mean", *(name for name in parts if name != "reward/mean")][:6]
+    parts = sorted({name for run in runs for name in run.rows[-1] if name.startswith("reward/")} | {"reward/mean"})
+    parts.remove("reward/mean")
+    shown = ["reward/mean", *(parts if len(parts) > 1 else ())][:MAX_PARTS]
     return _some(
         line_chart("Reward", "mean of a batch's completions", _lines(runs, shown)),
         line_chart("Accuracy on held-out problems", "share solved, greedy", _accuracy(runs), "policy version"),
@@ -90,7 +95,7 @@ def draft_charts(runs: Runs) -> list[str]:
     ]
     for run in runs:
         name = _of(run, runs)
-        lags = [f"draft/acceptance_lag{lag}" for lag in LAGS]
+        lags = [f"draft/acceptance_lag{lag}" for lag in DRAFT_LAGS]
         sources = [f"draft/acceptance_{source}" for source in DRAFT_SOURCES]
         charts += [
             _by_epoch(run, name),
@@ -188,11 +193,18 @@ def _lines(runs: Runs, names: Sequence[str]) -> list[Line]:
     lines = []
     for place, run in enumerate(runs):
         for index, name in enumerate(names if len(runs) == 1 else names[:2]):
-            label = name.partition("/")[2].replace("_", " ")
+            label = _label(name, names)
             colour = index if len(runs) == 1 else place
             shown = label if len(runs) == 1 else f"{run.name}: {label}"
             lines.append(Line(shown, binned(*column(run.rows, name)), colour, len(runs) > 1 and index == 1))
     return lines
+
+
+def _label(name: str, names: Sequence[str]) -> str:
+    """Without its area, unless another one has the same name."""
+    area, _, own = name.partition("/")
+    is_shared = sum(other.partition("/")[2] == own for other in names) > 1
+    return f"{area} {own}".replace("_", " ") if is_shared else own.replace("_", " ")
 
 
 def _accuracy(runs: Runs) -> list[Line]:
@@ -206,7 +218,7 @@ def _mean(run: RunFacts, name: str) -> float:
 
 
 def _lag_label(lag: str) -> str:
-    return lag.replace("to", "–").replace("plus", "+")
+    return lag.replace("to", "-").replace("plus", "+")
 
 
 def _of(run: RunFacts, runs: Runs) -> str:

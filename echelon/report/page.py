@@ -140,7 +140,7 @@ def _differences(runs: Sequence[RunFacts]) -> str:
 
 def _from_to(rows: Sequence[dict], name: str) -> str:
     _, values = column(rows, name)
-    return f"{number(values[0])} → {number(values[-1])}" if len(values) else "–"
+    return f"{number(values[0])} → {number(values[-1])}" if len(values) else "-"
 
 
 def _steps(run: RunFacts) -> str:
@@ -161,18 +161,18 @@ def _wall_time(run: RunFacts) -> str:
 
 def _throughput(run: RunFacts) -> str:
     rates = (column(run.rows, f"{role}/tokens_per_s")[1] for role in ("rollout", "learner"))
-    return " / ".join(number(float(sorted(rate.tolist())[len(rate) // 2])) if len(rate) else "–" for rate in rates)
+    return " / ".join(number(float(sorted(rate.tolist())[len(rate) // 2])) if len(rate) else "-" for rate in rates)
 
 
 def _waits(run: RunFacts) -> str:
-    share = wait_share(run.rows)
-    return "–" if share is None else f"{share:.0%}"
+    share = wait_share(Figures(run.rows, run.settings).steady)
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _lag(run: RunFacts) -> str:
     (_, largest), (_, mean) = (column(run.rows, f"staleness/{name}_versions") for name in ("max", "mean"))
     if not len(largest) or not len(mean):
-        return "–"
+        return "-"
     return f"at most {largest.max():.0f}, mean {mean.mean():.2f} (allowed {run.setting('max_staleness', '?')})"
 
 

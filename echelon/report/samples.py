@@ -32,7 +32,7 @@ class SampledText:
 
 
 def read_samples(file: Path, tokenizer_file: Path, max_stops: int = MAX_STOPS) -> list[SampledText]:
-    """Whole steps, evenly spread over the file. Raises: MsgspecError, KeyError for rows that are no samples; OSError."""
+    """Whole steps, evenly spread over the file. Raises: MsgspecError, KeyError for other rows; OSError."""
     if not file.exists():
         return []
     texts = _Texts(tokenizer_file)

@@ -46,7 +46,8 @@ svg .label{{fill:var(--fg)}}
 .band{{fill:var(--c);opacity:.18}} .dot,.area{{fill:var(--c)}} .area{{fill-opacity:var(--s,.85)}}
 .busy,.bound,.wait,.other,.away{{fill:var(--c);fill-opacity:var(--s,.85)}}
 .busy{{--c:var(--c2)}} .bound{{--c:var(--c6)}} .wait{{--c:var(--c1)}} .other{{--c:var(--c4)}} .away{{--c:var(--bad)}}
-.legend{{display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size:.85rem}} .key{{display:flex;align-items:center;gap:.35rem}}
+.legend{{display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size:.85rem}}
+.key{{display:flex;align-items:center;gap:.35rem}}
 .key i{{width:14px;height:10px;border-radius:2px;background:var(--c)}}
 .key i.dashed{{background:repeating-linear-gradient(90deg,var(--c) 0 4px,transparent 4px 7px)}}
 .note{{color:var(--dim);font-size:.85rem;margin:.3rem 0 0}} .alarm{{color:var(--bad);font-weight:600}}

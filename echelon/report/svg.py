@@ -15,7 +15,7 @@ from databus.codec import Array
 from echelon.report.series import Series
 
 WIDTH, HEIGHT = 640, 250
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 78, 14, 10, 40
 NUM_COLOURS = 8
 _numbers = count()
 
