@@ -19,21 +19,21 @@ from learner.config import LearnerConfig
 from rollout.config import RolloutConfig
 
 RUN_ID = "synthetic"
-BATCH_GROUPS, GROUP_SIZE, MAX_STALENESS = 16, 8, 4
+GROUP_SIZE, MAX_STALENESS = 8, 4
 STEP_S, WAIT_S = 2.0, 0.9
 START = 1_700_000_000.0
 TEMPLATES = 64
 COMMIT_EVERY = 64
 
 
-def write_run(path: Path, steps: int, workers: int, tokens: int, seed: int = 0) -> RunFolder:
+def write_run(path: Path, steps: int, workers: int, tokens: int, batch_groups: int = 16, seed: int = 0) -> RunFolder:
     """Args: tokens: mean of a completion."""
     folder, random = RunFolder(path), np.random.default_rng(seed)
     path.mkdir(parents=True)
     config = RunConfig(
         model="none",
         data=DataConfig(train="none"),
-        batch_groups=BATCH_GROUPS,
+        batch_groups=batch_groups,
         group_size=GROUP_SIZE,
         max_staleness=MAX_STALENESS,
         rollout=RolloutConfig(workers=workers, max_tokens=8 * tokens),
@@ -43,16 +43,16 @@ def write_run(path: Path, steps: int, workers: int, tokens: int, seed: int = 0) 
     folder.record_file.write_bytes(msgspec.json.encode(RunRecord(run_id=RUN_ID, recipe="synthetic")))
     folder.prompts.mkdir()
     folder.train_prompts.write_text("{}\n" * 20_000)
-    _write_rows(folder, steps, random)
+    _write_rows(folder, steps, batch_groups, random)
     _write_samples(folder, steps, tokens, random)
     _write_journal(folder.journal, config, workers, tokens, random)
     return folder
 
 
-def _write_rows(folder: RunFolder, steps: int, random: np.random.Generator) -> None:
+def _write_rows(folder: RunFolder, steps: int, batch_groups: int, random: np.random.Generator) -> None:
     writer = RowWriter(folder.metrics_file)
     for step in range(steps):
-        writer.write(_row(step, steps, random))
+        writer.write(_row(step, steps, random) | {"ledger/trained_groups": (step + 1) * batch_groups})
     writer.close()
 
 
@@ -101,7 +101,6 @@ def _row(step: int, steps: int, random: np.random.Generator) -> dict[str, Any]:
         **ends,
         "difficulty/selection_z": 3 * noise[3],
         "difficulty/selection_alarm": 0.0,
-        "ledger/trained_groups": (step + 1) * BATCH_GROUPS,
         "ledger/stale_groups": step // 3,
         "ledger/filtered_groups": 0,
         "ledger/failed_groups": 0,
@@ -134,7 +133,7 @@ def _write_journal(path: Path, config: RunConfig, workers: int, tokens: int, ran
         run_id=RUN_ID,
         steps=config.learner.steps,
         group_size=GROUP_SIZE,
-        batch_groups=BATCH_GROUPS,
+        batch_groups=config.batch_groups,
         max_staleness=MAX_STALENESS,
         stale_policy="drop",
         max_tokens=config.rollout.max_tokens,
@@ -143,7 +142,9 @@ def _write_journal(path: Path, config: RunConfig, workers: int, tokens: int, ran
     journal.append(started)
     for step in range(config.learner.steps):
         now = START + step * (STEP_S + WAIT_S)
-        ids = [group_id_of(RUN_ID, number, 0) for number in range(cursor, cursor + BATCH_GROUPS + (step % 3 == 0))]
+        ids = [
+            group_id_of(RUN_ID, number, 0) for number in range(cursor, cursor + config.batch_groups + (step % 3 == 0))
+        ]
         for number, group_id in enumerate(ids, cursor):
             worker, time_s = f"worker-{number % workers}", now + WAIT_S * (number - cursor) / len(ids)
             journal.append(
@@ -152,16 +153,16 @@ def _write_journal(path: Path, config: RunConfig, workers: int, tokens: int, ran
                     cursor=number,
                     attempt=0,
                     worker=worker,
-                    time_s=time_s - workers / BATCH_GROUPS * STEP_S,
+                    time_s=time_s - workers / config.batch_groups * STEP_S,
                     predicted_tokens=int(tokens * (0.5 + random.random())),
                 )
             )
             columns, frames = groups[number % TEMPLATES]
             journal.append(GroupCompleted(group_id=group_id, worker=worker, columns=columns, time_s=time_s), frames)
         cursor += len(ids)
-        for group_id in ids[BATCH_GROUPS:]:
+        for group_id in ids[config.batch_groups :]:
             journal.append(GroupMoved(group_id=group_id, state="stale", time_s=now + WAIT_S))
-        journal.append(BatchCut(step=step, group_ids=tuple(ids[:BATCH_GROUPS]), time_s=now + WAIT_S))
+        journal.append(BatchCut(step=step, group_ids=tuple(ids[: config.batch_groups]), time_s=now + WAIT_S))
         metrics = {f"learner/figure_{index}": 0.5 for index in range(30)}
         journal.append(StepTaken(step=step, metrics=metrics, time_s=now + WAIT_S + STEP_S))
         if step % COMMIT_EVERY == 0:

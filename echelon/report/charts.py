@@ -116,7 +116,9 @@ def _by_epoch(run: RunFacts, name: str) -> str:
     present = np.unique(epochs)
     means = [float(values[epochs == epoch].mean()) for epoch in present]
     labels = [f"{max(0, epoch) + 1:.0f}" for epoch in present]
-    return bar_chart(f"Draft acceptance by epoch{name}", "share of drafted tokens", labels, [("acceptance", means)])
+    return bar_chart(
+        f"Draft acceptance by epoch{name}", "share of drafted tokens", labels, [("acceptance", means)], "epoch"
+    )
 
 
 def mismatch_charts(runs: Runs) -> list[str]:
@@ -131,7 +133,9 @@ def mismatch_charts(runs: Runs) -> list[str]:
     for title, unit, name in BY_LAG:
         bars = [(run.name, [_mean(run, f"{name}_lag{lag}") for lag in LAGS]) for run in runs]
         labels = [_lag_label(lag) for lag in LAGS]
-        charts.append(bar_chart(f"{title} by lag of the completion's oldest token", unit, labels, bars))
+        charts.append(
+            bar_chart(f"{title} by lag", unit, labels, bars, "lag of the completion's oldest token, versions")
+        )
     return _some(*charts)
 
 
@@ -167,14 +171,14 @@ def _fates(run: RunFacts, name: str) -> Iterator[str]:
     for what, unit, value in FATE_CHARTS:
         means = [float(np.mean([value(each) for each in by_fate[fate]])) for fate in fates]
         labels = [f"{fate} ({len(by_fate[fate]):,})" for fate in fates]
-        yield bar_chart(f"{what} by what became of the group{name}", unit, labels, [(what, means)])
+        yield bar_chart(f"{what} by what became of the group{name}", unit, labels, [(what, means)], "fate (groups)")
     workers = sorted({each.worker for each in outcomes if each.worker})
     if 1 < len(workers) <= MAX_SOURCES:
         counts = [
             (fate, [float(sum(each.worker == worker for each in by_fate[fate])) for worker in workers])
             for fate in fates
         ]
-        yield bar_chart(f"Groups by source{name}", "groups", workers, counts)
+        yield bar_chart(f"Groups by source{name}", "groups", workers, counts, "worker")
 
 
 MAX_SOURCES = 12

@@ -45,7 +45,7 @@ svg .label{{fill:var(--fg)}}
 .line{{stroke:var(--c);fill:none;stroke-width:1.7;stroke-linejoin:round}} .line.dashed{{stroke-dasharray:5 4}}
 .band{{fill:var(--c);opacity:.18}} .dot,.area{{fill:var(--c)}} .area{{fill-opacity:var(--s,.85)}}
 .busy,.bound,.wait,.other,.away{{fill:var(--c);fill-opacity:var(--s,.85)}}
-.busy{{--c:var(--c2)}} .bound{{--c:var(--c6)}} .wait{{--c:var(--c1)}} .other{{--c:var(--c4)}} .away{{--c:var(--bad)}}
+.busy{{--c:var(--c2)}} .bound{{--c:var(--c7)}} .wait{{--c:var(--c1)}} .other{{--c:var(--c4)}} .away{{--c:var(--bad)}}
 .legend{{display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size:.85rem}}
 .key{{display:flex;align-items:center;gap:.35rem}}
 .key i{{width:14px;height:10px;border-radius:2px;background:var(--c)}}

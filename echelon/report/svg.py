@@ -17,6 +17,8 @@ from echelon.report.series import Series
 WIDTH, HEIGHT = 640, 250
 LEFT, RIGHT, TOP, BOTTOM = 78, 14, 10, 40
 NUM_COLOURS = 8
+WHOLE = ("step", "policy version")
+"""Labels of axes that have whole numbers only."""
 _numbers = count()
 
 
@@ -44,9 +46,10 @@ class Axis:
             self.end - self.start
         )
 
-    def ticks(self, most: int = 6) -> list[float]:
-        """Round values, at most so many."""
+    def ticks(self, most: int = 6, whole: bool = False) -> list[float]:
+        """Round values, at most so many. Args: whole: none between 0 and 1."""
         step = _round_step((self.high - self.low) / most)
+        step = max(1.0, step) if whole else step
         first = math.ceil(self.low / step - 1e-9)
         return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -63,7 +66,7 @@ def axis(values: Array, start: float, end: float, zero: bool = False) -> Axis:
 
 def _round_step(step: float) -> float:
     size = 10.0 ** math.floor(math.log10(step))
-    return next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= step * (1 - 1e-9))
+    return next(size * factor for factor in (1, 2, 5, 10) if size * factor >= step * (1 - 1e-9))
 
 
 def number(value: float) -> str:
@@ -139,7 +142,9 @@ def stacked_chart(
     return figure(title, unit, _grid(x, y, x_label, unit) + "".join(areas), said, legend, note)
 
 
-def bar_chart(title: str, unit: str, labels: Sequence[str], bars: Sequence[tuple[str, Sequence[float]]]) -> str:
+def bar_chart(
+    title: str, unit: str, labels: Sequence[str], bars: Sequence[tuple[str, Sequence[float]]], x_label: str
+) -> str:
     """Bars side by side. Args: bars: (label, a value for each of `labels`); not a number: no bar."""
     values = np.array([each for _, each in bars], np.float64)
     if not labels or not np.isfinite(values).any():
@@ -148,7 +153,7 @@ def bar_chart(title: str, unit: str, labels: Sequence[str], bars: Sequence[tuple
     slot = (WIDTH - LEFT - RIGHT) / len(labels)
     width = min(46.0, slot * 0.8 / len(bars))
     zero, every = float(y.at(np.zeros(1))[0]), math.ceil(len(labels) / 12)
-    drawn = [_grid(None, y, "", unit)]
+    drawn = [_grid(None, y, "", unit), _x_label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM, x_label)]
     for place, label in enumerate(labels):
         middle = LEFT + slot * (place + 0.5)
         if place % every == 0:
@@ -201,13 +206,14 @@ def figure(
     legend: Sequence[tuple[str, str]],
     note: str = "",
     height: int = HEIGHT,
+    width: int = WIDTH,
 ) -> str:
     """Args: said: the description. legend: (label, class). note: one line below."""
     name = f"chart{next(_numbers)}"
     keys = "".join(f'<span class="key"><i class="{kind}"></i>{escape(label)}</span>' for label, kind in legend)
     return (
         f'<figure><figcaption>{escape(title)} <span class="unit">{escape(unit)}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{name} {name}d">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{name} {name}d">'
         f'<title id="{name}">{escape(title)}</title><desc id="{name}d">{escape(said)}</desc>{drawn}</svg>'
         f'<div class="legend">{keys}</div>{f"<p class=note>{escape(note)}</p>" if note else ""}</figure>'
     )
@@ -219,20 +225,22 @@ def _grid(x: Axis | None, y: Axis, x_label: str, y_label: str) -> str:
         parts.append(f'<path class="rule" d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{number(value)}</text>')
     if x is not None:
-        parts.append(x_ticks(x, bottom, x_label))
+        parts.append(x_ticks(x, bottom, x_label, whole=x_label in WHOLE))
     middle = (TOP + bottom) / 2
     parts.append(f'<text class="label" transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">')
     parts.append(f"{escape(y_label)}</text>")
     return "".join(parts)
 
 
-def x_ticks(x: Axis, bottom: float, label: str) -> str:
+def x_ticks(x: Axis, bottom: float, label: str, whole: bool = False) -> str:
     parts = [f'<path class="axis" d="M{x.start} {bottom}H{x.end}"/>']
     for value, place in zip(x.ticks(8), x.at(np.array(x.ticks(8))).tolist(), strict=True):
         parts.append(f'<path class="axis" d="M{place:.1f} {bottom}v4"/>')
         parts.append(
             f'<text class="tick" x="{place:.1f}" y="{bottom + 16}" text-anchor="middle">{number(value)}</text>'
         )
-    middle = (x.start + x.end) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{bottom + 34}" text-anchor="middle">{escape(label)}</text>')
-    return "".join(parts)
+    return "".join([*parts, _x_label((x.start + x.end) / 2, bottom, label)])
+
+
+def _x_label(middle: float, bottom: float, label: str) -> str:
+    return f'<text class="label" x="{middle}" y="{bottom + 34}" text-anchor="middle">{escape(label)}</text>'

@@ -5,9 +5,11 @@ from html import escape
 import numpy as np
 
 from databus.codec import Array
-from echelon.report.svg import RIGHT, TOP, WIDTH, Axis, figure, x_ticks
+from echelon.report.svg import RIGHT, TOP, Axis, figure, x_ticks
 from echelon.report.time_line import REASONS, RoleLine, TimeLine, duration
 
+WIDTH = 1300
+"""It has the page's width to itself."""
 NAME_WIDTH, LINE, GAP, FOOT = 104, 14, 4, 42
 LEVELS = 8
 CLASSES = {"busy": "busy", "learner": "bound", "rollouts": "wait", "other": "other", "away": "away"}
@@ -24,7 +26,7 @@ def time_line_chart(line: TimeLine, name: str) -> str:
     present = {reason for role in line.roles for reason, values in role.shares.items() if values.any()}
     legend = [(text, CLASSES[reason]) for reason, text in REASONS.items() if reason in present]
     note = f"A cell is {duration(line.cell_s)}; its shade is the share of it. Point at a name for the role's totals."
-    return figure(f"Who worked when: {name}", unit, "".join(drawn), said, legend, note, height)
+    return figure(f"Who worked when: {name}", unit, "".join(drawn), said, legend, note, height, WIDTH)
 
 
 def _role(role: RoleLine, top: float, places: Array) -> str:

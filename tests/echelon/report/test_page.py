@@ -23,7 +23,7 @@ from echelon.report.time_line import time_line, worker_rates
 from echelon.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[3]
-STEPS, WORKERS = 700, 4
+STEPS, WORKERS, BATCH = 310, 3, 2
 VOID = {"meta", "link", "br", "input"}
 SECTIONS = ["advice", "totals", "reward", "staleness", "time", "length", "drafting", "mismatch", "selection", "samples"]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -41,7 +41,7 @@ def maker() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def run_dir(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return maker.write_run(tmp_path_factory.mktemp("runs") / "first", STEPS, WORKERS, tokens=6).path
+    return maker.write_run(tmp_path_factory.mktemp("runs") / "first", STEPS, WORKERS, tokens=6, batch_groups=BATCH).path
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_every_chart_says_what_it_is(page: str) -> None:
 
 
 def test_long_series_say_that_they_were_reduced(page: str) -> None:
-    assert "Each point is the mean of up to 3 steps, the band their smallest to largest." in page
+    assert "Each point is the mean of up to 2 steps, the band their smallest to largest." in page
 
 
 def test_the_time_line_tells_who_waited_for_whom(facts: RunFacts, maker: ModuleType) -> None:
@@ -124,7 +124,7 @@ def test_the_time_line_tells_who_waited_for_whom(facts: RunFacts, maker: ModuleT
 def test_fates_are_those_of_the_journal(facts: RunFacts) -> None:
     assert facts.journal is not None
     fates = [outcome.fate for outcome in facts.journal.outcomes]
-    assert fates.count("trained") == STEPS * 16 and fates.count("stale") == -(-STEPS // 3)
+    assert fates.count("trained") == STEPS * BATCH and fates.count("stale") == -(-STEPS // 3)
     assert len(fates) == fates.count("trained") + fates.count("stale")
 
 
@@ -144,9 +144,9 @@ def test_what_a_model_wrote_is_text_and_not_html(copy: RunFolder) -> None:
 
 
 def test_two_runs_lie_side_by_side(facts: RunFacts, maker: ModuleType, tmp_path: Path) -> None:
-    other = maker.write_run(tmp_path / "second", 30, 2, tokens=6, seed=1)
+    other = maker.write_run(tmp_path / "second", 30, 2, tokens=6, batch_groups=BATCH, seed=1)
     page = render([facts, read_run(other.path)])
-    assert "<h3>Settings that differ</h3>" in page and "<th>rollout.workers</th><td>4</td><td>2</td>" in page
+    assert "<h3>Settings that differ</h3>" in page and "<th>rollout.workers</th><td>3</td><td>2</td>" in page
     assert "first: mean" in page and "second: mean" in page and "Who worked when: second" in page
 
 
@@ -216,7 +216,7 @@ def test_what_is_damaged_is_named_and_the_rest_is_shown(change, note: str, copy:
 
 def test_a_run_that_is_still_written_is_reported_as_such(copy: RunFolder) -> None:
     with copy.metrics_file.open("ab") as file, copy.locked():
-        file.write(b'{"step": 700, "loss/po')
+        file.write(b'{"step": 310, "loss/po')
         file.flush()
         facts = read_run(copy.path)
     assert facts.notes == (f"The run is still going: this is as of step {STEPS - 1}.",)
