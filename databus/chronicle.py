@@ -45,15 +45,27 @@ class Chronicle:
         self._write(record)
 
     def ended(self, ok: bool, reason: str) -> None:
-        self._write(BrokerEnded(ok=ok, reason=reason))
+        self._write(BrokerEnded(ok=ok, reason=reason, time_s=time.time()))
 
-    def leased(self, entry: Entry, worker: str) -> None:
-        self._write(GroupLeased(group_id=entry.group_id, cursor=entry.cursor, attempt=entry.attempt, worker=worker))
+    def leased(self, entry: Entry, worker: str, predicted_tokens: int) -> None:
+        record = GroupLeased(
+            group_id=entry.group_id,
+            cursor=entry.cursor,
+            attempt=entry.attempt,
+            worker=worker,
+            time_s=time.time(),
+            predicted_tokens=predicted_tokens,
+        )
+        self._write(record)
 
     def completed(self, message: Completed, frames: Sequence[Frame], worker: str) -> int:
         """Returns: the packed place of the record; -1 where there is no journal."""
         record = GroupCompleted(
-            group_id=message.group_id, worker=worker, columns=message.columns, reward_names=message.reward_names
+            group_id=message.group_id,
+            worker=worker,
+            columns=message.columns,
+            reward_names=message.reward_names,
+            time_s=time.time(),
         )
         return -1 if self._journal is None else self._journal.append(record, frames).pack()
 
@@ -65,16 +77,17 @@ class Chronicle:
     def moved(self, entry: Entry, state: State) -> None:
         """For `Ledger.on_transition`: the other transitions have records that say more."""
         if state == "expired" or state == "filtered" or state == "failed":
-            self._write(GroupMoved(group_id=entry.group_id, state=state))
+            self._write(GroupMoved(group_id=entry.group_id, state=state, time_s=time.time()))
 
     def stale(self, entry: Entry, requeued: bool) -> None:
-        self._write(GroupMoved(group_id=entry.group_id, state="stale", requeued=requeued))
+        self._write(GroupMoved(group_id=entry.group_id, state="stale", requeued=requeued, time_s=time.time()))
 
     def cut(self, batch: CutBatch) -> None:
-        self._write(BatchCut(step=batch.step, group_ids=tuple(each.entry.group_id for each in batch.groups)))
+        group_ids = tuple(each.entry.group_id for each in batch.groups)
+        self._write(BatchCut(step=batch.step, group_ids=group_ids, time_s=time.time()))
 
     def stepped(self, message: StepDone) -> None:
-        self._write(StepTaken(step=message.step, metrics=message.metrics))
+        self._write(StepTaken(step=message.step, metrics=message.metrics, time_s=time.time()))
 
     def _write(self, record: Record) -> None:
         if self._journal is not None:

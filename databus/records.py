@@ -28,10 +28,16 @@ class BrokerStarted(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class GroupLeased(Struct, frozen=True, kw_only=True, tag=True):
+    """predicted_tokens: of a completion, 0 where not known. time_s, here and below: since the epoch, 0 where an earlier
+    version wrote the record.
+    """
+
     group_id: str
     cursor: int
     attempt: int
     worker: str
+    time_s: float = 0.0
+    predicted_tokens: int = 0
 
 
 class GroupCompleted(Struct, frozen=True, kw_only=True, tag=True):
@@ -45,6 +51,7 @@ class GroupCompleted(Struct, frozen=True, kw_only=True, tag=True):
     columns: tuple[Column, ...]
     reward_names: tuple[str, ...] = ()
     copied: bool = False
+    time_s: float = 0.0
 
 
 class GroupMoved(Struct, frozen=True, kw_only=True, tag=True):
@@ -57,6 +64,7 @@ class GroupMoved(Struct, frozen=True, kw_only=True, tag=True):
     state: Literal["expired", "stale", "filtered", "failed"]
     reason: str = ""
     requeued: bool = False
+    time_s: float = 0.0
 
 
 class BatchCut(Struct, frozen=True, kw_only=True, tag=True):
@@ -64,6 +72,7 @@ class BatchCut(Struct, frozen=True, kw_only=True, tag=True):
 
     step: int
     group_ids: tuple[str, ...]
+    time_s: float = 0.0
 
 
 class StepTaken(Struct, frozen=True, kw_only=True, tag=True):
@@ -71,6 +80,7 @@ class StepTaken(Struct, frozen=True, kw_only=True, tag=True):
 
     step: int
     metrics: dict[str, float]
+    time_s: float = 0.0
 
 
 class OpenGroup(Struct, frozen=True, kw_only=True):
@@ -116,6 +126,7 @@ class BrokerEnded(Struct, frozen=True, kw_only=True, tag=True):
 
     ok: bool
     reason: str = ""
+    time_s: float = 0.0
 
 
 Record = (

@@ -7,6 +7,9 @@ import numpy as np
 from databus.config import StalePolicy
 from databus.groups import Group
 
+LAG_BUCKETS = {"0": 0, "1": 1, "2": 2, "3to4": 3, "5to8": 5, "9plus": 9}
+"""Name of each bucket of lags in metrics, and the smallest lag in it."""
+
 
 @dataclass(frozen=True)
 class StalenessGate:

@@ -14,6 +14,7 @@ from databus.groups import Group
 from databus.messages import Mismatch, VersionApplied
 from databus.peers import Peer
 from databus.scoring_metrics import ScoringMetrics
+from databus.staleness import LAG_BUCKETS
 
 
 class StepMetrics:
@@ -122,14 +123,16 @@ def _length_metrics(batch: CutBatch) -> dict[str, float]:
 
 
 def _staleness_metrics(batch: CutBatch) -> dict[str, float]:
-    """Lags of loss-bearing tokens, in versions."""
+    """Lags of loss-bearing tokens, in versions, and their shares by lag."""
     spans = [item.group.loss_tokens for item in batch.groups]
     lags = batch.step - np.concatenate([versions for versions, _ in spans])
     tokens = np.concatenate([tokens for _, tokens in spans])
+    buckets = np.searchsorted(list(LAG_BUCKETS.values()), lags, side="right") - 1
+    shares = np.bincount(buckets, tokens, len(LAG_BUCKETS)) / tokens.sum()
     return {
         "staleness/max_versions": float(lags.max()),
         "staleness/mean_versions": float(lags @ tokens / tokens.sum()),
-    }
+    } | {f"staleness/lag{name}_share": share for name, share in zip(LAG_BUCKETS, shares.tolist(), strict=True) if share}
 
 
 class RowQueue:

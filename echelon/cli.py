@@ -72,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_audit(commands)
     _add_replay(commands)
+    _add_report(commands)
     _add_bench_draft(commands)
     _add_keys(commands)
     return parser
@@ -125,6 +126,13 @@ def _add_replay(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="X",
         help="relative difference that passes (default: 0, the same bits, which a CPU gives)",
     )
+
+
+def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
+    report = commands.add_parser("report", help="write what a run's folder says as one HTML file, with advice")
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run; several are compared")
+    report.add_argument("--out", metavar="FILE", help="where it is written (default: report.html in the first folder)")
+    report.add_argument("--advice", action="store_true", help="only the advice, on the terminal")
 
 
 def _tolerance(text: str) -> float:

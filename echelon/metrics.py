@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from databus.codec import Array
+from databus.groups import run_lengths
 from databus.prompts import SampledGroup
 from echelon.files import cut_torn_row
 
@@ -45,11 +47,16 @@ TRAINED = "loss/policy"
 
 
 def sample_rows(step: int, groups: Sequence[SampledGroup]) -> list[dict[str, Any]]:
-    """Of each group the completion with the highest reward and the one with the lowest, for people to read."""
+    """Of each group the completion with the highest reward and the one with the lowest, for people to read.
+
+    version_runs: [version, tokens] one after the other. score: the reward's distance from its group's mean, in standard
+    deviations (0 where all rewards are equal), which is GRPO's advantage.
+    """
     rows: list[dict[str, Any]] = []
     for prompt, group in groups:
         starts = np.concatenate(([0], np.cumsum(group.lengths)))
         versions = group.token_versions()
+        mean, deviation = float(group.rewards.mean()), float(group.rewards.std())
         for index in dict.fromkeys((int(group.rewards.argmax()), int(group.rewards.argmin()))):
             tokens = slice(int(starts[index]), int(starts[index + 1]))
             rows.append(
@@ -60,9 +67,17 @@ def sample_rows(step: int, groups: Sequence[SampledGroup]) -> list[dict[str, Any
                     "reward": float(group.rewards[index]),
                     "truncated": bool(group.truncated[index]),
                     "versions": sorted(set(versions[tokens].tolist())),
+                    "version_runs": _runs(versions[tokens]),
+                    "logprobs": [round(value, 3) for value in group.logprobs[tokens].tolist()],
+                    "score": round((float(group.rewards[index]) - mean) / deviation, 3) if deviation > 0 else 0.0,
                 }
             )
     return rows
+
+
+def _runs(versions: Array) -> list[list[int]]:
+    values, lengths = run_lengths(versions)
+    return [list(pair) for pair in zip(values.tolist(), lengths.tolist(), strict=True)]
 
 
 class RowWriter:

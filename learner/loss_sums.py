@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from databus.staleness import LAG_BUCKETS
 from learner.divergence import k3_divergence
-
-LAG_BUCKETS = {"0": 0, "1": 1, "2": 2, "3to4": 3, "5to8": 5, "9plus": 9}
-"""Name of each bucket of lags, and the smallest lag in it."""
 
 FIELDS = (
     "tokens",

@@ -5,14 +5,19 @@ import shlex
 import time
 from pathlib import Path
 
+import msgspec
+
 from databus.journal import segments
+from echelon.config import RunConfig
 from echelon.failures import RunFailed
 from echelon.files import keep_rows_before
 from echelon.interrupts import Interrupted
 from echelon.packages import package_root
 from echelon.progress import Progress
 from echelon.recipe import Recipe, load_recipe
+from echelon.report.advice import Figures, advise
 from echelon.run_folder import RunFolder, RunRecord
+from echelon.settings import flatten
 from echelon.shared_memory import shared_memory
 from echelon.supervisor import Supervisor
 from echelon.validate import check_machine
@@ -21,6 +26,7 @@ from echelon.wandb_sink import WandbSink
 from learner.checkpoint_folder import DamagedCheckpoint, latest_checkpoint, read_trainer_state, verify_sizes
 
 RUNS = "runs"
+MAX_ADVICE = 3
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -57,7 +63,10 @@ def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, reco
     wandb = WandbSink(config, folder, record.run_id)
     try:
         with shared_memory(record.run_id, config.learner.memory_copy_every > 0) as memory_dir:
-            return Supervisor(config, folder, package_root(), progress, view, wandb, memory_dir).run()
+            code = Supervisor(config, folder, package_root(), progress, view, wandb, memory_dir).run()
+        for line in advice_lines(progress, config):
+            view.note(line)
+        return code
     except Interrupted as interrupted:
         view.note(f"stopped at step {progress.steps_done} of {progress.steps}; {_how_to_go_on(args, folder)}")
         return interrupted.exit_code
@@ -65,6 +74,12 @@ def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, reco
         if progress.rows:
             view.note(f"failed at step {progress.steps_done} of {progress.steps}; {_how_to_go_on(args, folder)}")
         raise
+
+
+def advice_lines(progress: Progress, config: RunConfig) -> list[str]:
+    """The weightiest advice; `echelon report` has all of it."""
+    found = advise(Figures(progress.rows, flatten(msgspec.to_builtins(config))))
+    return [f"advice: {advice.text}" for advice in found[:MAX_ADVICE]]
 
 
 def _first_step(folder: RunFolder, recipe: Recipe) -> int:
