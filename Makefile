@@ -8,6 +8,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 KIND   := $(if $(GPU),gpu,cpu)
 READY  := $(VENV)/.ready-$(KIND)
 TASK   := .cache/chain_sum
+# Files of tests that run at a time. Whole runs wait for processes to start most of their time, and need 2 GiB each.
+TESTERS ?= 2
 
 .PHONY: setup demo test check bench clean
 
@@ -34,7 +36,7 @@ demo: $(READY) $(TASK)/eval.jsonl
 	@$(BIN)/echelon run recipes/grpo_chain_sum.py $(if $(GPU),rollout.device=cuda learner.device=cuda) $(ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile $(ARGS)
 
 check: $(READY)
 	@$(BIN)/ruff check .

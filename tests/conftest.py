@@ -1,5 +1,6 @@
 """Fixtures for all tests: a tiny model on disk; no thread outlives its test."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 from databus.broker import Broker
 from databus.client import BusClient
 from databus.messages import Welcome
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of OpenMP spin while they wait for each other: two tests at a time on two cores would wait ten times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHARACTERS = "0123456789+=;#"
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
