@@ -49,7 +49,7 @@ class PlainView:
 
     def summary(self, progress: Progress) -> None:
         # A pipe has no width: rich would take 80 columns and fold the paths.
-        self._console.print(summary_table(progress), width=max(120, self._console.width), crop=False)
+        self._console.print(summary_table(progress), width=max(1000, self._console.width), crop=False)
 
 
 class LiveView:

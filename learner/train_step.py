@@ -16,7 +16,7 @@ from learner.advantages import estimate_advantages
 from learner.config import LearnerConfig
 from learner.loss_sums import LossSums
 from learner.losses import policy_loss
-from learner.model import PolicyModel, reshard
+from learner.model import PolicyModel, num_trainable, reshard
 from learner.optimizer import clip_gradients
 from learner.overlong import without_overlong
 from learner.packing import MicroBatch, plan_microbatches
@@ -74,6 +74,7 @@ class TrainStep:
         metrics["learner/lr"] = lr
         metrics["learner/num_tokens"] = float(sum(s.num_inputs for s in sequences if len(s.targets)))
         metrics["learner/grad_norm"] = sum(norms) / len(norms)
+        metrics["learner/num_trainable"] = float(num_trainable(self._policy))
         metrics["advantage/zero_groups_fraction"] = _zero_groups_fraction(groups)
         return metrics
 

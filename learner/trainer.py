@@ -14,7 +14,7 @@ from learner.checkpoint_folder import TrainerState, oldest_checkpoint
 from learner.checkpoint_saver import CheckpointSaver
 from learner.config import LearnerConfig
 from learner.memory_copies import MemoryCopies
-from learner.model import PolicyModel, num_trainable
+from learner.model import PolicyModel
 from learner.probe import score_probe
 from learner.snapshot import Snapshotter
 from learner.train_step import TrainStep
@@ -88,7 +88,6 @@ class Trainer:
         metrics["learner/tokens_per_s"] = metrics["learner/num_tokens"] / (trained - got)
         metrics["learner/publish_s"] = time.perf_counter() - trained
         metrics["learner/save_s"], self.save_s = self.save_s, 0.0
-        metrics["learner/num_trainable"] = float(num_trainable(self.policy))
         if self.first_rank is not None:
             self.first_rank.broker.send(StepDone(step=step, metrics=metrics))
             logger.info("step %d: %.0f tokens in %.2f s", step, metrics["learner/num_tokens"], trained - got)

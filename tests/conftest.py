@@ -13,7 +13,7 @@ from databus.client import BusClient
 from databus.messages import Welcome
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Threads of OpenMP spin while they wait for each other: two tests at a time on two cores would wait ten times as long.
+    # Threads of OpenMP spin while they wait for each other: with two tests at a time, all would wait ten times as long.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHARACTERS = "0123456789+=;#"

@@ -152,6 +152,9 @@ class LengthScorer:
     async def score(self, samples: list[Any]) -> list[dict[str, float]]:
         return [{"length": float(sample.num_tokens)} for sample in samples]
 
+    def counters(self) -> dict[str, float]:
+        return {}
+
 
 def pull_nothing(address: str, version: int, num_bytes: int, stop: threading.Event) -> Any:
     from rollout.engine.base import Snapshot
