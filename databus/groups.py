@@ -65,7 +65,7 @@ class Group:
         """(versions, tokens): each span of one version with loss-bearing tokens, and how many it has."""
         ends = list(accumulate(self.version_lengths.tolist(), initial=0))
         mask = self.loss_mask.view(np.bool_)  # a sum of it would first make wider integers of its bytes
-        tokens = [np.count_nonzero(mask[start:end]) for start, end in pairwise(ends)]
+        tokens = [int(np.count_nonzero(mask[start:end])) for start, end in pairwise(ends)]
         versions = [version for version, num in zip(self.version_values.tolist(), tokens, strict=True) if num]
         return versions, [num for num in tokens if num]
 

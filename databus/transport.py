@@ -152,7 +152,7 @@ class BrokerSocket:
 
     def send_all(self, peer: str, all_said: Sequence[Said]) -> None:
         """As `send` each of them, in their order; those to a worker as one message: it costs what one of them would."""
-        together: list[Said] = []
+        together: list[tuple[OneToWorker, Sequence[Frame]]] = []
         for message, frames in all_said:
             if isinstance(message, OneToWorker):
                 together.append((message, frames))
@@ -190,7 +190,9 @@ class BrokerSocket:
 def _as_received(frame: Frame) -> Frame | zmq.Frame:
     """The message that a frame is all of, if it came from a socket: libzmq counts who still needs it, whereas for other
     memory pyzmq has a thread of Python's that wakes up for each frame that has left."""
-    whole = frame.obj if isinstance(frame, memoryview) else None
+    if not isinstance(frame, memoryview):
+        return frame
+    whole: object = frame.obj
     return whole if isinstance(whole, zmq.Frame) and len(whole) == frame.nbytes else frame
 
 
