@@ -18,6 +18,7 @@ from echelon.summary import duration, number, summary_table
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 40
+MAX_LINE = 1000
 REFRESH_S = 0.25
 
 
@@ -48,8 +49,9 @@ class PlainView:
         self._console.file.flush()
 
     def summary(self, progress: Progress) -> None:
-        # A pipe has no width: rich would take 80 columns and fold the paths.
-        self._console.print(summary_table(progress), width=max(1000, self._console.width), crop=False)
+        # A pipe has no width: rich would take 80 columns and fold the paths, whatever width `print` is given.
+        self._console.width = max(MAX_LINE, self._console.width)
+        self._console.print(summary_table(progress), crop=False)
 
 
 class LiveView:
