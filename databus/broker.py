@@ -320,6 +320,7 @@ class Broker:
             learner_silent_s=0.0 if learner is None else now - learner.heard,
             disk_full=self._commit.disk_full,
             refusal=state.refusal,
+            published=state.published,
         )
 
     def _say_stop(self, stop: Stop) -> None:

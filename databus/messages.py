@@ -389,6 +389,7 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     broker has told to leave, and why, until they are back. `training_s`: how long the learner has had the batch that
     it has, 0 where it has none; `requested`: it waits for one; `learner_silent_s`: since it was heard. `disk_full`:
     why nothing is being acknowledged or handed out. `refusal`: the newest version that an engine refused, and why.
+    `published`: the newest version and where it can be pulled, None before there is one.
     """
 
     phase: str
@@ -408,6 +409,7 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     learner_silent_s: float = 0.0
     disk_full: str = ""
     refusal: str = ""
+    published: VersionAnnounced | None = None
 
 
 # ---------------------------------------------------------------- worker <-> weight server of the learner

@@ -15,7 +15,7 @@ from databus.config import BrokerConfig
 from databus.evaluation import Evaluations
 from databus.leases import Held, Leases
 from databus.ledger import Ledger
-from databus.messages import Position, VersionPublished
+from databus.messages import Position, VersionAnnounced, VersionPublished
 from databus.outbox import Outbox
 from databus.peers import Peers
 from databus.prompts import GroupFilter, Prompt, PromptSource
@@ -75,6 +75,14 @@ class RunState:
     def newest(self) -> int | None:
         """The newest published version; None before the learner is ready."""
         return max(self.versions, default=None)
+
+    @property
+    def published(self) -> VersionAnnounced | None:
+        """The newest version, for those who are told of none."""
+        if self.newest is None:
+            return None
+        newest = self.versions[self.newest]
+        return VersionAnnounced(version=newest.version, address=newest.address, num_bytes=newest.num_bytes)
 
     @property
     def accepted(self) -> int:

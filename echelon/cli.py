@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_worker(commands)
+    _add_serve(commands)
     _add_watch(commands)
     _add_export(commands)
     _add_audit(commands)
@@ -93,6 +94,36 @@ def _add_worker(commands: "argparse._SubParsersAction[Parser]") -> None:
     worker.add_argument("--keys", metavar="DIR", help="the run's keys, where --join is an address on tcp")
     worker.add_argument("--recipe", metavar="PATH", help="the recipe, where it defines the reward and lies elsewhere")
     worker.add_argument("--model", metavar="PATH", help="the initial model, where this machine has it elsewhere")
+
+
+def _add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
+    serve = commands.add_parser("serve", help="serve a model over an OpenAI-compatible API, with rollouts and updates")
+    serve.add_argument("model", metavar="MODEL", help="a folder or hub id")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--served-name", metavar="NAME", help="what requests call the model (default: MODEL)")
+    serve.add_argument("--api-key-file", metavar="FILE", help="0600; needed where others can reach --host")
+    serve.add_argument("--admin-key-file", metavar="FILE", help="0600; the key that may change weights")
+    serve.add_argument("--drain-s", type=float, default=30.0, help="for requests that have begun, after SIGTERM")
+    serve.add_argument("--follow", metavar="DIR_OR_ADDRESS", help="a run whose versions are served as they come")
+    serve.add_argument("--keys", metavar="DIR", help="the run's keys, where --follow is an address on tcp")
+    serve.add_argument("--reward", action="append", default=[], metavar="PATH.py:FUNCTION", help="requests may name it")
+    serve.add_argument("--reward-config", metavar="FILE", help="settings of rewards, as JSON")
+    serve.add_argument("--draft", choices=("off", "marginal", "logarithmic"), default="off", help="draft.policy")
+    serve.add_argument("--draft-tokens", type=int, default=16, help="draft.max_tokens (default: 16)")
+    _add_engine(serve)
+
+
+def _add_engine(serve: Parser) -> None:
+    serve.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    serve.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    serve.add_argument("--context-tokens", type=int, default=2048, help="prompt and completion (default: 2048)")
+    serve.add_argument("--max-sequences", type=int, default=256, help="at once (default: 256)")
+    serve.add_argument("--kv-cache-gib", type=int, default=1, help="of a CPU engine (default: 1)")
+    serve.add_argument("--gpu-memory-fraction", type=float, default=0.9, help="that vLLM may take (default: 0.9)")
+    serve.add_argument("--graphs", action="store_true", help="compile and capture: starts later, steps are faster")
+    serve.add_argument("--start-timeout-s", type=float, default=600.0)
+    serve.add_argument("--seed", type=int, default=0)
 
 
 def _add_watch(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -48,6 +48,6 @@ class Observer:
         return status
 
     def close(self) -> None:
-        if not self.lost:
-            with contextlib.suppress(BusError):
-                self._client.close(goodbye="seen enough")
+        """Of a connection that was lost there is still something to let go of."""
+        with contextlib.suppress(BusError):
+            self._client.close(goodbye=None if self.lost else "seen enough")

@@ -96,7 +96,7 @@ class MergingPull:
             self._base = _checked_base(self._model, adapter)
         factors = dict(tensors(pulled.manifest, pulled.map()))
         weights = {weight.name for weight in adapter.weights}
-        manifest, fd = _write(_wholes(self._base, weights, factors, adapter.scale, stop), pulled.manifest, self._dtype)
+        manifest, fd = write_weights(_wholes(self._base, weights, factors, adapter.scale, stop), pulled.manifest, self._dtype)
         # Outside of `weights` all versions are alike, the folder's included, which is version 0.
         base_version, self._merged_version = self._merged_version, pulled.version
         return Snapshot(
@@ -145,7 +145,7 @@ def _said(factor: Tensor) -> str:
     return str(tuple(factor.shape))
 
 
-def _write(wholes: Iterator[tuple[str, Tensor]], manifest: Manifest, dtype: str) -> tuple[Manifest, int]:
+def write_weights(wholes: Iterator[tuple[str, Tensor]], manifest: Manifest, dtype: str) -> tuple[Manifest, int]:
     """A manifest of the tensors, cast to `dtype`, and the shared memory that they are in, which the caller closes."""
     fd = os.memfd_create(f"merged-{manifest.version}", os.MFD_CLOEXEC)
     try:

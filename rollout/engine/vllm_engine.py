@@ -70,6 +70,7 @@ class VllmEngine:
         self._model = model
         self._seed = seed
         self._version = version
+        self._updates = 0
         self._llm: Any = None
         self._open = asyncio.Event()  # closed while weights are being loaded
         self._without_token: set[str] = set()
@@ -82,6 +83,11 @@ class VllmEngine:
     @property
     def version(self) -> int:
         return self._version
+
+    @property
+    def is_dead(self) -> bool:
+        """Has a process of the engine ended that should not have?"""
+        return self._llm is not None and self._llm.errored
 
     async def start(self) -> None:
         set_environment(self._config, self._model)
@@ -167,9 +173,8 @@ class VllmEngine:
         }
         self._sampling_type = SamplingParams
         self._tokens_input = tokens_input
-        arguments = engine_arguments(self._config, self._model, self._seed, self._draft)
         with tied_engine_cores():
-            self._llm = AsyncLLM.from_engine_args(arguments)
+            self._llm = AsyncLLM.from_engine_args(self._arguments())
         self._gate = VllmGate(
             self._config.gate,
             self._llm,
@@ -177,6 +182,13 @@ class VllmEngine:
             tokens_input=tokens_input,
             translate=self._translate,
         )
+
+    def _arguments(self) -> Any:
+        return engine_arguments(self._config, self._model, self._seed, self._draft)
+
+    def _cache_salt(self) -> str:
+        """Keeps the prefix cache of these weights apart from that of all others, whatever their version is called."""
+        return f"weights {self._updates}"
 
     async def _complete(self, request: GenerateRequest, index: int) -> Completion:
         given = len(request.prompt_ids) + len(request.prefix)
@@ -219,8 +231,7 @@ class VllmEngine:
         return facts.extra_arguments()
 
     async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any, priority: int) -> Any:
-        # The salt keeps the prefix cache of one version apart from every other's.
-        prompt = self._tokens_input([*request.prompt_ids, *request.prefix], cache_salt=f"version {self._version}")
+        prompt = self._tokens_input([*request.prompt_ids, *request.prefix], cache_salt=self._cache_salt())
         final: Any = None
         self._without_token.add(request_id)
         try:
@@ -250,6 +261,7 @@ class VllmEngine:
         await self._call(self._llm.collective_rpc("echelon_settle", args=(True,)))
         await self._call(self._llm.update_weight_version(str(snapshot.version)))
         self._version = snapshot.version
+        self._updates += 1
         return mismatch
 
     async def _call(self, call: Awaitable[T]) -> T:

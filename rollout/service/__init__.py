@@ -1,0 +1,1 @@
+"""A rollout worker's engine as a service over HTTP: `echelon serve`."""
