@@ -96,7 +96,9 @@ class MergingPull:
             self._base = _checked_base(self._model, adapter)
         factors = dict(tensors(pulled.manifest, pulled.map()))
         weights = {weight.name for weight in adapter.weights}
-        manifest, fd = write_weights(_wholes(self._base, weights, factors, adapter.scale, stop), pulled.manifest, self._dtype)
+        manifest, fd = write_weights(
+            _wholes(self._base, weights, factors, adapter.scale, stop), pulled.manifest, self._dtype
+        )
         # Outside of `weights` all versions are alike, the folder's included, which is version 0.
         base_version, self._merged_version = self._merged_version, pulled.version
         return Snapshot(

@@ -66,7 +66,9 @@ def settings_of(args: argparse.Namespace) -> ServiceConfig:
             "drain_s": args.drain_s,
             "seed": args.seed,
             "rollout": msgspec.to_builtins(rollout),
-            "draft": msgspec.to_builtins(_checked(DraftConfig, {"policy": args.draft, "max_tokens": args.draft_tokens})),
+            "draft": msgspec.to_builtins(
+                _checked(DraftConfig, {"policy": args.draft, "max_tokens": args.draft_tokens})
+            ),
             "reward": msgspec.to_builtins(_reward(args.reward_config)),
             "functions": {reference.rpartition(":")[2]: reference for reference in args.reward},
         },

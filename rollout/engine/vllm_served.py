@@ -82,9 +82,7 @@ class ServedEngine(VllmEngine):
 
     def _was_put_back(self, output: Any, request_id: str) -> bool:
         """By `update`, which has told vLLM to drop it: a request that its own client drops is cancelled instead."""
-        return (
-            output.finished and request_id in self._without_token and output.outputs[0].finish_reason == "abort"
-        )
+        return output.finished and request_id in self._without_token and output.outputs[0].finish_reason == "abort"
 
 
 class PublicClient:

@@ -126,7 +126,9 @@ class ServiceClient:
         content = b"{}" if body is None else msgspec.json.encode(body)
         headers = {"content-type": "application/json"}
         limit = httpx.Timeout(CONNECT_S, read=UPDATE_S)
-        return self._ask(self._http.build_request("POST", path, content=content, headers=headers, timeout=limit), Weights)
+        return self._ask(
+            self._http.build_request("POST", path, content=content, headers=headers, timeout=limit), Weights
+        )
 
     def _ask(self, request: httpx.Request, kind: type[T]) -> T:
         try:

@@ -5,7 +5,7 @@ import contextlib
 from typing import Any, Protocol, cast
 
 from databus.errors import BusError
-from databus.messages import VersionAnnounced, VersionApplied, VersionRefused
+from databus.messages import VersionAnnounced
 from rollout.engine.base import Engine, EngineDead, Snapshot, UpdateFailed, UpdateReport
 from rollout.versions import Pull, Tell, VersionFollower
 from rollout.weights_in import PullError

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 def add_routes(app: Any, rollouts: RolloutDesk, desk: WeightDesk, doors: Doors) -> None:
     """Args: app: a FastAPI app, changed in place."""
+
     async def rollout(request: Request) -> Response:
         job = await rollouts.accept(await _body(request))
         return _Lines(rollouts.run(job))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from databus.errors import BusError
 from databus.messages import VersionApplied, VersionRefused
-from rollout.engine.base import Engine, EngineDead, UpdateFailed
+from rollout.engine.base import Engine, EngineDead, Snapshot, UpdateFailed
 from rollout.folder_weights import snapshot_of
 from rollout.merging import MergingPull
 from rollout.service.errors import ServiceError
@@ -75,7 +75,6 @@ class WeightDesk:
     async def follow(self, request: FollowRequest) -> Weights:
         """Take up a run's versions from now on, instead of those of another. Raises: ServiceError."""
         async with self._changing:
-            await self._unfollow()
             try:
                 source = await asyncio.to_thread(self._sources.join, request.run, request.keys)
             except (ValueError, BusError) as error:
@@ -85,6 +84,7 @@ class WeightDesk:
                 raise ServiceError(
                     409, f"{source.name} publishes {source.dtype}, and {self._dtype} is served: start with --dtype"
                 )
+            await self._unfollow()
             self._problem = ""
             pull = MergingPull(source.pull, self._model, self._dtype)
             self._following = following = Following(self._engine, source, pull, self._told)
@@ -123,7 +123,7 @@ class WeightDesk:
             snapshot.close()
         self._applied(request.path, report.pause_s)
 
-    def _read(self, request: LoadRequest):
+    def _read(self, request: LoadRequest) -> Snapshot:
         with self._sources.open_folder(request.path) as (folder, step):
             version = request.version
             if version is None:

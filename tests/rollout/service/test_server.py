@@ -163,7 +163,7 @@ def test_a_port_in_use_is_said() -> None:
 
 
 def test_no_address_is_said() -> None:
-    with pytest.raises(ValueError, match="--host no.such.host.invalid is no address"):
+    with pytest.raises(ValueError, match=r"--host no\.such\.host\.invalid is no address"):
         listen("no.such.host.invalid", 0)
 
 
