@@ -17,7 +17,7 @@ MAY_IMPORT = {
 }
 HEAVY = {"torch", "vllm", "transformers", "datasets", "wandb"}
 HEAVY_FREE_PACKAGES = ("databus", "rewards")
-VLLM_INTERNALS_MAX = 6
+VLLM_INTERNALS_MAX = 8
 CONFIGURATION = ("databus.config", "rewards.config", "rollout.config", "learner.config", "echelon.config")
 BROKER = "echelon.roles.broker"
 MARK = "loaded:"
@@ -91,6 +91,11 @@ def test_broker_role_loads_nothing_heavy() -> None:
 
 def test_supervisor_loads_nothing_heavy() -> None:
     assert not loaded_after("import echelon.commands.run, echelon.commands.watch") & HEAVY
+
+
+def test_the_services_client_and_command_load_nothing_heavy() -> None:
+    """A key that others can read, or a host without one, is said before torch is loaded."""
+    assert not loaded_after("import rollout.service.client, echelon.commands.serve") & HEAVY
 
 
 def test_audit_loads_nothing_heavy() -> None:

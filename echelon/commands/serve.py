@@ -2,6 +2,7 @@
 
 import argparse
 import faulthandler
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import msgspec
 
 from rewards.config import RewardConfig
-from rollout.config import DraftConfig, RolloutConfig
+from rollout.config import RolloutConfig
 from rollout.service.config import ServiceConfig, check_exposure
+from rollout.service.keys import read_key
 
 ROLE = "serve"
 
@@ -20,6 +22,9 @@ def execute(args: argparse.Namespace) -> int:
     """Raises: ValueError, in one line, for what cannot work; EngineDead."""
     config = settings_of(args)
     check_exposure(config)
+    for file in (config.api_key_file, config.admin_key_file):
+        if file is not None:
+            read_key(file)
     from echelon.errors import set_up_logging
     from echelon.followed_run import follow_run
     from echelon.served_folder import open_folder
@@ -30,7 +35,10 @@ def execute(args: argparse.Namespace) -> int:
     set_up_logging(ROLE)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     follow = FollowRequest(run=args.follow, keys=args.keys) if args.follow else None
-    return serve(config, WeightSources(open_folder=open_folder, join=follow_run), follow, ready=_say_ready)
+    try:
+        return serve(config, WeightSources(open_folder=open_folder, join=follow_run), follow, ready=_say_ready)
+    finally:
+        gc.freeze()  # at its end the interpreter would look through all of torch for garbage, which takes a second
 
 
 def _say_ready(address: str) -> None:
@@ -66,9 +74,7 @@ def settings_of(args: argparse.Namespace) -> ServiceConfig:
             "drain_s": args.drain_s,
             "seed": args.seed,
             "rollout": msgspec.to_builtins(rollout),
-            "draft": msgspec.to_builtins(
-                _checked(DraftConfig, {"policy": args.draft, "max_tokens": args.draft_tokens})
-            ),
+            "draft": {"policy": args.draft, "max_tokens": args.draft_tokens},
             "reward": msgspec.to_builtins(_reward(args.reward_config)),
             "functions": {reference.rpartition(":")[2]: reference for reference in args.reward},
         },
@@ -90,4 +96,5 @@ def _checked(kind: type[Any], values: dict[str, Any]) -> Any:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$.")
-        raise ValueError(f"--{path.rstrip('`').replace('_', '-')}: {message}") from None
+        name = path.rstrip("`").replace("draft.max_tokens", "draft_tokens").replace("_", "-")
+        raise ValueError(f"--{name}: {message}") from None

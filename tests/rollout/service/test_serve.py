@@ -154,7 +154,8 @@ def test_a_group_has_a_deadline(client: ServiceClient) -> None:
 
 BAD = [
     (b"{", 400, "no JSON", None),
-    (b"[" * 100_000, 400, "no JSON", None),
+    (b"[" * 100_000, 400, "got `array`", None),
+    (b'{"prompts": [{"text": "1", "problem": {"a": ' + b"[" * 100_000, 400, "no JSON", None),
     (b"{}", 400, "missing required field `prompts`", None),
     ({"prompts": []}, 400, "length >= 1", "prompts"),
     ({"prompt": "x"}, 400, "unknown field `prompt`", None),
