@@ -18,7 +18,7 @@ NO_LIBRARY = (
 class ShardedApollo(Optimizer):
     """The library's update of each matrix, on the whole of it, on every rank the same; one at a time.
 
-    Moments are of the gradient's random projection, rank × (larger dimension), and every rank has all of them. By
+    Moments are of the gradient's random projection, rank by the larger dimension, and every rank has all of them. By
     itself the library (apollo-torch 1.0.3) refuses DTensors; on shards its norms would depend on the number of ranks;
     and it keeps a projector in the optimizer's state, which a checkpoint of tensors cannot hold. Here it is made again
     where there is none.
