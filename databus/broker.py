@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from databus.chronicle import Chronicle
+from databus.chronicle import Chronicle, Listener
 from databus.codec import Frame, MalformedMessage
 from databus.config import BrokerConfig
 from databus.gate_desk import GateDesk
@@ -85,11 +85,13 @@ class Broker:
         past: Iterable[JournalEntry] = (),
         first_row: int = 0,
         accuracies: Mapping[int, float] | None = None,
+        listener: Listener | None = None,
     ) -> None:
         """Binds the socket, and goes on where an earlier broker of the run has stopped.
 
         Args: keys: None for plain text. journal: None writes nothing down. past: what is in it already. first_row: of
-            the steps whose rows the sink does not have. accuracies: of the versions whose evaluations it has.
+            the steps whose rows the sink does not have. accuracies: of the versions whose evaluations it has. listener:
+            told of what happens from here on, not of the past.
 
         Raises: ValueError, one line, where it cannot listen on `config.address`.
         """
@@ -102,7 +104,7 @@ class Broker:
         outbox = Outbox(self._socket)
         self._commit = GroupCommit(journal, outbox)
         self._state = new_state(
-            config, prompts, evals, filters, outbox, position, Chronicle(), scheduler, placement, accuracies
+            config, prompts, evals, filters, outbox, position, Chronicle(listener), scheduler, placement, accuracies
         )
         self._leases = LeaseDesk(self._state, recorder)
         self._staffing = Staffing(self._state)

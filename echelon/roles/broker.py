@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,7 +18,7 @@ from databus.keys import server_keys
 from databus.messages import Position
 from databus.process import collect_garbage_seldom
 from databus.prompts import Prompt, SampledGroup
-from echelon.config import RunConfig
+from echelon.config import RunConfig, TracesConfig
 from echelon.errors import SIGTERM_CODE, role_main
 from echelon.files import read_rows, write_atomically
 from echelon.metrics import RowWriter, sample_rows
@@ -29,6 +30,9 @@ from rollout.config import DraftConfig
 from rollout.scheduling.filters import ZeroVarianceFilter
 from rollout.scheduling.placement import LeastRemaining
 from rollout.scheduling.scheduler import DifficultyScheduler
+
+if TYPE_CHECKING:
+    from echelon.traces import GroupTracer
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,7 @@ def serve(folder: RunFolder) -> None:
     scheduler = make_scheduler(config, prompts, position)
     keys = folder.keys(config.bus)
     rows = read_rows(folder.metrics_file)
+    tracer = make_tracer(config.traces, folder.record().run_id)
     broker = Broker(
         broker_config(folder, start_step),
         ScheduledPrompts(prompts, scheduler.problem_of),
@@ -82,6 +87,7 @@ def serve(folder: RunFolder) -> None:
         past=read_journal(folder.journal),
         first_row=len(rows),
         accuracies={row["step"]: row[ACCURACY] for row in rows if ACCURACY in row},
+        listener=tracer,
     )
     address = reachable(broker.address)
     record = BusRecord(address=address, run_id=folder.record().run_id, keys="" if keys is None else str(keys))
@@ -93,6 +99,18 @@ def serve(folder: RunFolder) -> None:
         broker.run()
     except Terminated:
         sys.exit(SIGTERM_CODE)
+    finally:
+        if tracer is not None:
+            tracer.close()
+
+
+def make_tracer(config: TracesConfig, run_id: str) -> "GroupTracer | None":
+    """None where there are to be no traces, which then cost nothing."""
+    if not config.endpoint:
+        return None
+    from echelon.traces import GroupTracer, otlp_exporter
+
+    return GroupTracer(otlp_exporter(config.endpoint), config.share, run_id)
 
 
 def where_to_start(folder: RunFolder) -> tuple[int, Position | None]:
