@@ -32,6 +32,7 @@ from databus.messages import (
     Refused,
     Released,
     Role,
+    Rows,
     Status,
     StatusRequest,
     StepDone,
@@ -101,6 +102,7 @@ class Broker:
         self._refusal_logged = -1.0
         self._next_tick = 0.0
         self._config = config
+        self._sink = sink
         outbox = Outbox(self._socket)
         self._commit = GroupCommit(journal, outbox)
         self._state = new_state(
@@ -227,8 +229,11 @@ class Broker:
                 self._retention.save(step)
                 self._steps.position(peer, step, self._retention.position(step))
                 self._retention.drop_before(min(oldest, self._steps.rows_written))
-            case StatusRequest():
+            case StatusRequest(rows_from=first):
                 self._socket.send(peer.name, self._status())
+                rows = self._sink.rows_from(first) if first >= 0 else ()
+                if rows:
+                    self._socket.send(peer.name, Rows(first=first, rows=tuple(rows)))
 
     # ------------------------------------------------------------ peers
 
@@ -322,6 +327,8 @@ class Broker:
             learner_silent_s=0.0 if learner is None else now - learner.heard,
             disk_full=self._commit.disk_full,
             refusal=state.refusal,
+            batch_groups=self._config.batch_groups,
+            oldest_lease_s=state.leases.oldest_s(now),
         )
 
     def _say_stop(self, stop: Stop) -> None:

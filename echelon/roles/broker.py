@@ -20,7 +20,7 @@ from databus.process import collect_garbage_seldom
 from databus.prompts import Prompt, SampledGroup
 from echelon.config import RunConfig, TracesConfig
 from echelon.errors import SIGTERM_CODE, role_main
-from echelon.files import read_rows, write_atomically
+from echelon.files import NumberedRows, read_rows, write_atomically
 from echelon.metrics import RowWriter, sample_rows
 from echelon.prompt_files import PromptFile, ScheduledPrompts
 from echelon.rollout_record import RolloutWriter
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROLE = "broker"
+ROWS_AT_ONCE = 200
+"""For an observer: half a megabyte at most, and a millisecond of the broker's."""
 
 
 class Terminated(Exception):
@@ -49,6 +51,7 @@ class FileSink:
     def __init__(self, folder: RunFolder) -> None:
         self._rows = RowWriter(folder.metrics_file)
         self._samples = RowWriter(folder.samples_file)
+        self._written = NumberedRows(folder.metrics_file)
 
     def write(self, row: Mapping[str, float]) -> None:
         self._rows.write(row)
@@ -56,6 +59,9 @@ class FileSink:
     def samples(self, step: int, groups: Sequence[SampledGroup]) -> None:
         for row in sample_rows(step, groups):
             self._samples.write(row)
+
+    def rows_from(self, first: int) -> Sequence[str]:
+        return self._written.read(first, ROWS_AT_ONCE)
 
 
 def serve(folder: RunFolder) -> None:
