@@ -25,6 +25,7 @@ MAX_LINE = 1000
 MAX_NAMED = 4
 MAX_ADVICE = 2
 REFRESH_S = 0.5
+LABEL_WIDTH = len("next batch")
 
 
 class PlainView:
@@ -125,8 +126,8 @@ def step_line(progress: Progress, row: Row) -> str:
 def panel(progress: Progress) -> Panel:
     """The whole view."""
     facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
+    facts.add_column(style="dim", no_wrap=True, min_width=LABEL_WIDTH)
+    facts.add_column(ratio=1)
     for label, text in _facts(progress):
         facts.add_row(label, text)
     title = Text.assemble((progress.recipe, "bold"), "  ", (progress.run_dir, "dim"))

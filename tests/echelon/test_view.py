@@ -115,11 +115,12 @@ def test_panel_counts_many_workers_by_version_and_names_the_slowest() -> None:
 
 def test_panel_shows_who_was_sent_away_and_what_to_do() -> None:
     progress = make_progress(5)
-    progress.advice = ["The learner waits [40 %] of the time"]
+    progress.advice = ["The learner waits [40 %] of the time" + " and more" * 9]
     assert progress.status is not None
     progress.status = msgspec.structs.replace(progress.status, drained={"worker-3": "slow"})
     text = render(panel(progress))
     assert "worker-3: slow" in text and "The learner waits [40 %] of the time" in text
+    assert text.count("and more") == 9 and "next batch" in text  # nothing is cut off
 
 
 def test_panel_shows_what_drafting_gives() -> None:
