@@ -30,7 +30,7 @@ def _arguments(model: str, served_name: str) -> Any:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser: Any = make_arg_parser(FlexibleArgumentParser())
     arguments = parser.parse_args(["--model", model, "--served-model-name", served_name, "--disable-fastapi-docs"])
     arguments.allowed_origins = []
     return arguments
