@@ -100,7 +100,12 @@ class MergingPull:
         # Outside of `weights` all versions are alike, the folder's included, which is version 0.
         base_version, self._merged_version = self._merged_version, pulled.version
         return Snapshot(
-            version=pulled.version, manifest=manifest, fd=fd, base_version=base_version, changed=frozenset(weights)
+            version=pulled.version,
+            manifest=manifest,
+            fd=fd,
+            base_version=base_version,
+            changed=frozenset(weights),
+            received_bytes=pulled.received_bytes,
         )
 
 

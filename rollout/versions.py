@@ -117,7 +117,9 @@ class VersionFollower:
                         version=target.version,
                         pause_s=report.pause_s,
                         sync_s=time.monotonic() - started,
-                        received_bytes=target.num_bytes,
+                        received_bytes=(
+                            target.num_bytes if snapshot.received_bytes is None else snapshot.received_bytes
+                        ),
                         mismatch=report.mismatch,
                     )
                 )

@@ -27,6 +27,7 @@ from learner.checkpoint_folder import DamagedCheckpoint, latest_checkpoint, read
 
 RUNS = "runs"
 MAX_ADVICE = 3
+NO_SHARED_MEMORY = "set learner.memory_copy_every to 0, and weights.backend to bus"
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -62,7 +63,8 @@ def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, reco
     view.note(f"run folder {_short(folder.path)}" + (f", from step {first_step}" if args.resume else ""))
     wandb = WandbSink(config, folder, record.run_id)
     try:
-        with shared_memory(record.run_id, config.learner.memory_copy_every > 0) as memory_dir:
+        wanted = config.learner.memory_copy_every > 0 or config.weights.backend == "shm"
+        with shared_memory(record.run_id, wanted, advice=NO_SHARED_MEMORY) as memory_dir:
             code = Supervisor(config, folder, package_root(), progress, view, wandb, memory_dir).run()
         for line in advice_lines(progress, config):
             view.note(line)

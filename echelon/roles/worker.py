@@ -71,12 +71,12 @@ def work(run: Membership, name: str) -> None:
 
 def pull_through(bus: BusRecord) -> "Pull":
     """Pulls weights with the worker's key; a weight server on every interface is looked for where the broker is."""
-    from rollout.weights_in import pull_snapshot
+    from rollout.weights_in import Puller
 
-    keys = bus.client_keys("worker", server="learner")
+    puller = Puller(keys=bus.client_keys("worker", server="learner"))
 
     def pull(address: str, version: int, num_bytes: int, stop: threading.Event) -> "Snapshot":
-        return pull_snapshot(reachable(address, bus.address), version, num_bytes, stop, keys=keys)
+        return puller(reachable(address, bus.address), version, num_bytes, stop)
 
     return pull
 

@@ -97,7 +97,8 @@ class Snapshot:
     """Checked weights of one version: the manifest, and its flat buffer in anonymous shared memory (`fd`).
 
     Whoever pulled it closes it, once the engine has taken it over. changed: names of the tensors whose bits differ from
-    those of `base_version`; None, as `base_version` is then: not known, any may.
+    those of `base_version`; None, as `base_version` is then: not known, any may. received_bytes: what had to be fetched
+    for it; None: all of it.
     """
 
     version: int
@@ -105,6 +106,7 @@ class Snapshot:
     fd: int
     base_version: int | None = None
     changed: frozenset[str] | None = None
+    received_bytes: int | None = None
 
     def map(self) -> mmap.mmap:
         """The buffer, read-only."""
