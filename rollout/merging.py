@@ -18,7 +18,7 @@ from rollout.base_weights import BaseWeights
 from rollout.engine.base import Snapshot
 from rollout.engine.tensors import DTYPES, tensors
 from rollout.versions import Pull
-from rollout.weights_in import PullError
+from rollout.weight_source import PullError
 
 logger = logging.getLogger(__name__)
 

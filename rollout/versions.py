@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable
 
 from databus.messages import VersionAnnounced, VersionApplied, VersionRefused
 from rollout.engine.base import Engine, GateRefused, Snapshot, UpdateFailed
-from rollout.weights_in import PullError, VersionGoneError, pull_snapshot
+from rollout.weight_source import PullError, VersionGoneError
+from rollout.weights_in import pull_snapshot
 
 logger = logging.getLogger(__name__)
 

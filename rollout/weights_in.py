@@ -1,4 +1,4 @@
-"""Pulls policy versions from the learner into anonymous shared memory: what differs, where the one before is at hand."""
+"""Pulls policy versions from the learner into anonymous shared memory: what differs, where an earlier one is held."""
 
 import logging
 import mmap
@@ -15,7 +15,7 @@ from databus.messages import Delta, Manifest
 from databus.version_hash import changed_tensors, same_layout, version_hash
 from rollout.engine.base import Snapshot
 from rollout.engine.tensors import first_mismatch
-from rollout.weight_source import DamagedError, PullError, PullLimits, VersionGoneError, WeightSource, open_source
+from rollout.weight_source import DamagedError, PullLimits, VersionGoneError, WeightSource, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,11 @@ class Puller:
         self._lock = threading.Lock()
 
     def __call__(self, address: str, version: int, num_bytes: int, stop: threading.Event) -> Snapshot:
-        """Fetch `version`, check every tensor that may have changed, and return it; whoever gets it closes it.
+        """Fetch `version`, check every tensor's xxh3, and return it; whoever gets it closes it. Blocks for seconds.
 
-        Blocks for seconds. Args: num_bytes: its size as it was announced. stop: once set, the pull ends within a moment.
-        Raises: VersionGoneError; PullError for silence, a wrong answer, or a checksum that does not match; ValueError for
-            an address that may not be used.
+        Args: num_bytes: its size as it was announced. stop: once set, the pull ends within a moment.
+        Raises: VersionGoneError; PullError for silence, a wrong answer, or a checksum that does not match; ValueError
+            for an address that may not be used.
         """
         with self._lock:  # a pull that was given up may still be ending in its thread
             try:
@@ -168,9 +168,7 @@ def _copied(fd: int, manifest: Manifest) -> int:
     copy = os.memfd_create(f"weights-{manifest.version}", os.MFD_CLOEXEC)
     try:
         done = 0
-        while (
-            done < manifest.num_bytes
-        ):  # at most 2 GiB at a time; the kernel copies pages that it need not clear first
+        while done < manifest.num_bytes:  # at most 2 GiB at a time; the kernel need not clear the pages first
             count = os.sendfile(copy, fd, done, manifest.num_bytes - done)
             if not count:
                 raise DamagedError(f"version {manifest.version}: its base is cut short")
@@ -214,6 +212,3 @@ def _check(manifest: Manifest, num_bytes: int) -> None:
             raise MalformedMessage(f"a delta of version {other.base_version} after one to {one.version}")
     if manifest.deltas and manifest.deltas[-1].version != manifest.version:
         raise MalformedMessage(f"deltas to version {manifest.deltas[-1].version}")
-
-
-__all__ = ["PullError", "PullLimits", "Puller", "VersionGoneError", "pull_snapshot"]

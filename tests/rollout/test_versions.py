@@ -11,7 +11,7 @@ from databus.messages import Manifest, Mismatch, VersionAnnounced, VersionApplie
 from rollout.config import GateConfig
 from rollout.engine.base import GateRefused, Snapshot, UpdateReport
 from rollout.versions import VersionFollower
-from rollout.weights_in import PullError, VersionGoneError
+from rollout.weight_source import PullError, VersionGoneError
 
 DEAD, ALIVE = "ipc://dead", "ipc://alive"
 

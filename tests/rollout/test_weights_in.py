@@ -11,9 +11,11 @@ import zmq
 
 from databus.codec import encode_header
 from databus.messages import Chunk, ChunkRequest, Manifest, ManifestRequest, ToWeightServer, VersionGone
+from rollout.bus_source import OUTSTANDING_CHUNKS
 from rollout.engine.base import Snapshot
 from rollout.engine.tensors import tensors
-from rollout.weights_in import OUTSTANDING_CHUNKS, PullError, PullLimits, VersionGoneError, pull_snapshot
+from rollout.weight_source import PullError, PullLimits, VersionGoneError
+from rollout.weights_in import pull_snapshot
 
 QUICK = PullLimits(resend_s=0.2, silence_s=1.5)
 CHUNK_BYTES = 1000

@@ -45,7 +45,7 @@ from rollout.engine.base import (
     UpdateReport,
 )
 from rollout.lease_work import LeaseWork
-from rollout.weights_in import PullError, VersionGoneError
+from rollout.weight_source import PullError, VersionGoneError
 from rollout.worker import Worker, WorkerRefusedError
 
 
