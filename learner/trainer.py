@@ -105,6 +105,8 @@ class Trainer:
 
     def _save(self, steps_done: int) -> None:
         began = time.perf_counter()
+        # The position says which versions are to be evaluated, so the broker is to know of this one.
+        self.publisher.wait()
         # Asked before the next batch is: the journal's new segment begins with the state of this step. Older ones go by
         # the checkpoints that are complete, and this one is not.
         state = self._state(steps_done, self._position(steps_done))

@@ -133,7 +133,7 @@ def follow(rank: int, model: Path, config: WeightsConfig) -> None:
 @pytest.fixture(scope="module")
 def architectures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("architectures")
-    for index in range(len(CONFIGS)):
+    for index, name in enumerate(CONFIGS):
         write_model(name, folder / str(index))
     return folder
 
