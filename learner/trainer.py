@@ -82,15 +82,15 @@ class Trainer:
         got = time.perf_counter()
         metrics = self.train_step(groups, step)
         trained = time.perf_counter()
-        # Weights before metrics: workers wait for the former, nobody for the latter. They are published meanwhile; the
-        # version before is, once this returns.
+        self.publisher.wait()
+        metrics |= self.publisher.metrics()
+        # Weights before metrics: workers wait for the former, nobody for the latter.
         self._publish(step + 1)
         metrics["learner/wait_s"] = waited_s
         metrics["learner/step_s"] = trained - got
         metrics["learner/tokens_per_s"] = metrics["learner/num_tokens"] / (trained - got)
         metrics["learner/publish_s"] = time.perf_counter() - trained
         metrics["learner/save_s"], self.save_s = self.save_s, 0.0
-        metrics |= self.publisher.metrics()
         if self.first_rank is not None:
             self.first_rank.broker.send(StepDone(step=step, metrics=metrics))
             logger.info("step %d: %.0f tokens in %.2f s", step, metrics["learner/num_tokens"], trained - got)

@@ -45,6 +45,10 @@ class _Held:
     manifest: Manifest
     fd: int
 
+    @property
+    def version(self) -> int:
+        return self.manifest.version
+
 
 class Puller:
     """A `Pull` that keeps the version that it pulled last, and asks only for what differs from it.
@@ -70,12 +74,8 @@ class Puller:
         with self._lock:  # a pull that was given up may still be ending in its thread
             try:
                 return self._pull(address, version, num_bytes, stop)
-            except (DamagedError, VersionGoneError) as error:
-                if self._held is None or stop.is_set():
-                    raise
-                logger.warning("%s; pulling it in whole", error)
-            self._drop()
-            return self._pull(address, version, num_bytes, stop)
+            except MalformedMessage as error:
+                raise DamagedError(f"version {version}: the learner sent something malformed: {error}") from error
 
     def close(self) -> None:
         """Forget what is held. Harmless when called again."""
@@ -88,21 +88,34 @@ class Puller:
         self._held = None
 
     def _pull(self, address: str, version: int, num_bytes: int, stop: threading.Event) -> Snapshot:
-        held = self._held
-        try:
-            with open_source(address, stop, self._limits, self._keys) as source:
-                manifest = source.manifest(version)
-                _check(manifest, num_bytes)
-                fd = _fetch(source, manifest, held)
-                received_bytes = source.received_bytes
-        except MalformedMessage as error:
-            raise DamagedError(f"version {version}: the learner sent something malformed: {error}") from error
+        with open_source(address, stop, self._limits, self._keys) as source:
+            manifest = source.manifest(version)
+            _check(manifest, num_bytes)
+            fd = self._fetch_from_held(source, manifest)
+            if fd is None:
+                fd = _fetch_whole(source, manifest)
+            received_bytes = source.received_bytes
+        base = None if self._held is None else self._held.manifest
         self._drop()
         self._held = _Held(manifest, os.dup(fd))
         snapshot = Snapshot(version=version, manifest=manifest, fd=fd, received_bytes=received_bytes)
-        if held is None or not same_layout(held.manifest, manifest):
-            return snapshot
-        return _with_base(snapshot, held.manifest)
+        return snapshot if base is None or not same_layout(base, manifest) else _with_base(snapshot, base)
+
+    def _fetch_from_held(self, source: WeightSource, manifest: Manifest) -> int | None:
+        """A descriptor of the version, checked. None where what is held is no base of it, or that came to nothing: then
+        nothing is held any more. Raises: PullError."""
+        held = self._held
+        deltas = None if held is None else _from_base(manifest, held.manifest)
+        if held is None or deltas is None:
+            return None
+        try:
+            return _completed(source, manifest, deltas, _copied(held.fd, manifest))
+        except (DamagedError, MalformedMessage, VersionGoneError) as error:
+            logger.warning(
+                "version %d, from version %d: %s; pulling it in whole", manifest.version, held.version, error
+            )
+            self._drop()
+            return None
 
 
 def _with_base(snapshot: Snapshot, base: Manifest) -> Snapshot:
@@ -116,14 +129,15 @@ def _with_base(snapshot: Snapshot, base: Manifest) -> Snapshot:
     )
 
 
-def _fetch(source: WeightSource, manifest: Manifest, held: _Held | None) -> int:
+def _fetch_whole(source: WeightSource, manifest: Manifest) -> int:
     """A descriptor of the version, checked. Raises: PullError, MalformedMessage."""
-    deltas = None if held is None else _from_base(manifest, held.manifest)
-    if held is not None and deltas is not None:
-        fd = _copied(held.fd, manifest)
-    else:
-        deltas = [delta for delta in manifest.deltas if 0 <= manifest.whole_version <= delta.base_version]
-        fd = source.whole(manifest) if source.is_private() or not deltas else _copied_whole(source, manifest)
+    deltas = [delta for delta in manifest.deltas if 0 <= manifest.whole_version <= delta.base_version]
+    fd = source.whole(manifest) if source.is_private() or not deltas else _copied_whole(source, manifest)
+    return _completed(source, manifest, deltas, fd)
+
+
+def _completed(source: WeightSource, manifest: Manifest, deltas: Sequence[Delta], fd: int) -> int:
+    """`fd` itself, once what it lacks is in it, and it is what the manifest says; where it is not, it is closed."""
     try:
         _put_in(source, manifest, deltas, fd)
         with mmap.mmap(fd, manifest.num_bytes, prot=mmap.PROT_READ) as buffer:
