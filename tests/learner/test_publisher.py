@@ -29,7 +29,7 @@ from rollout.weights_in import Puller
 
 VERSIONS = 50
 BACKENDS: tuple[Literal["bus", "file", "shm"], ...] = ("bus", "file", "shm")
-QUICK = PullLimits(resend_s=0.2, silence_s=1.5)
+QUICK = PullLimits(resend_s=0.5, silence_s=30.0)
 
 
 class Stage:

@@ -159,7 +159,7 @@ def test_silence_ends_the_pull(source: Source, tmp_path: Path) -> None:
     def silent(request: ToWeightServer) -> list[list[bytes]]:
         return source.answer(request) if isinstance(request, ManifestRequest) else []
 
-    with serving(silent, tmp_path) as address, pytest.raises(PullError, match=r"silent for [12] s"):
+    with serving(silent, tmp_path) as address, pytest.raises(PullError, match=r"silent for \d s"):
         source.pull(address)
     with pytest.raises(PullError, match="silent"):
         source.pull(f"ipc://{tmp_path}/nobody")
