@@ -139,9 +139,12 @@ def _fetch_whole(source: WeightSource, manifest: Manifest) -> int:
 def _completed(source: WeightSource, manifest: Manifest, deltas: Sequence[Delta], fd: int) -> int:
     """`fd` itself, once what it lacks is in it, and it is what the manifest says; where it is not, it is closed."""
     try:
-        _put_in(source, manifest, deltas, fd)
-        with mmap.mmap(fd, manifest.num_bytes, prot=mmap.PROT_READ) as buffer:
-            wrong = first_mismatch(manifest, buffer)  # of all: it takes a small part of the time that copying takes
+        # All pages at once: one by one they would take as long as what is done with them. The map goes with the last
+        # array that has it: closed by hand it would object to one in a traceback.
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if deltas else 0)
+        buffer = mmap.mmap(fd, manifest.num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, access)
+        _put_in(source, manifest, deltas, buffer)
+        wrong = first_mismatch(manifest, buffer)  # of all: it takes a small part of the time that copying takes
         if wrong:
             raise DamagedError(f"version {manifest.version}: tensor {wrong!r} does not match its checksum")
     except BaseException:
@@ -193,7 +196,7 @@ def _copied(fd: int, manifest: Manifest) -> int:
     return copy
 
 
-def _put_in(source: WeightSource, manifest: Manifest, deltas: Sequence[Delta], fd: int) -> None:
+def _put_in(source: WeightSource, manifest: Manifest, deltas: Sequence[Delta], buffer: mmap.mmap) -> None:
     """Overwrite what differs. Raises: PullError, MalformedMessage."""
     if not deltas:
         return
@@ -204,8 +207,7 @@ def _put_in(source: WeightSource, manifest: Manifest, deltas: Sequence[Delta], f
     if len(dtypes) != 1 or not dtypes <= WORD_DTYPES.keys():
         raise MalformedMessage(f"a delta between tensors of {', '.join(sorted(dtypes))}")
     word = WORD_DTYPES[dtypes.pop()]
-    # The map goes with the last array that has it: closed by hand it would object to one in a traceback.
-    words = np.frombuffer(mmap.mmap(fd, manifest.num_bytes), word, manifest.num_bytes // word.itemsize)
+    words = np.frombuffer(buffer, word, manifest.num_bytes // word.itemsize)
     for delta in deltas:
         for chunk in source.chunks(delta):
             apply_chunk(chunk, words)
