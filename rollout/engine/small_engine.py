@@ -87,7 +87,8 @@ class SmallEngine:
             await asyncio.sleep(DRAIN_POLL_S)
 
     async def update(self, snapshot: Snapshot) -> UpdateReport:
-        await self.drain()
+        if not self._draining:
+            await self.drain()
         future: Future[UpdateReport] = Future()
         return await self._ask(lambda: self._apply(snapshot, future), future)
 

@@ -129,7 +129,8 @@ class VllmEngine:
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         try:
             await self._check(snapshot)
-            await self.drain()
+            if self._door.is_open:  # not drained yet
+                await self.drain()
             await self._call(self._door.shut())
             return await self._apply(snapshot)
         except UpdateFailed:
