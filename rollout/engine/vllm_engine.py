@@ -11,11 +11,9 @@ request's cache.
 import asyncio
 import logging
 import multiprocessing
-import os
 import time
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -26,7 +24,6 @@ from rollout.drafting.counters import CounterPage
 from rollout.drafting.facts import DraftFacts, group_key, problem_key
 from rollout.drafting.proposer import DRAFTER, DraftSetup
 from rollout.engine.all_or_none import all_or_none
-from rollout.engine.applying import Applied, Apply
 from rollout.engine.base import (
     Completion,
     EngineDead,
@@ -41,9 +38,9 @@ from rollout.engine.begin_order import BEGUN, BeginOrder
 from rollout.engine.door import Door
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
-from rollout.engine.tensors import first_mismatch
 from rollout.engine.vllm_gate import PROBE_SAMPLING, VllmGate
 from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment, tied_engine_cores
+from rollout.engine.vllm_update import VllmUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -128,11 +125,11 @@ class VllmEngine:
 
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         try:
-            await self._check(snapshot)
+            await self._update.check(snapshot)
             if self._door.is_open:  # not drained yet
                 await self.drain()
             await self._call(self._door.shut())
-            return await self._apply(snapshot)
+            return await self._switch(snapshot)
         except UpdateFailed:
             raise
         except BaseException as error:  # which weights there are nobody knows: nothing more is generated with them
@@ -141,36 +138,17 @@ class VllmEngine:
         finally:
             self._door.open()
 
-    async def _check(self, snapshot: Snapshot) -> None:
-        """All that can be found out without a pause. Raises: UpdateFailed."""
-        try:
-            self._expected.check(snapshot.manifest)
-            wrong = await asyncio.to_thread(first_mismatch, snapshot.manifest, snapshot.map())
-        except (ValueError, OSError) as error:
-            raise UpdateFailed(f"version {snapshot.version} refused: {error}") from None
-        if wrong:
-            raise UpdateFailed(f"version {snapshot.version} refused: tensor {wrong!r} does not match its checksum")
+    async def _switch(self, snapshot: Snapshot) -> UpdateReport:
+        kv, left = self._config.update.kv, len(self._in_flight)
+        if kv == "drain" and left:
+            logger.warning("%d requests did not end within rollout.update.drain_s; they are recomputed", left)
 
-    async def _apply(self, snapshot: Snapshot) -> UpdateReport:
-        """In a pause, which ends when it is known which weights are served: with EngineDead it does not."""
-        started = time.monotonic()
-        try:
-            await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
-            await self._call(self._llm.abort(sorted(self._without_token)))
-            report = await self._load(snapshot)
-        except UpdateFailed:
-            await self._call(self._llm.resume_generation())
-            raise
-        if self._config.update.kv != "keep":  # after a drain there is nothing left, or what took too long
-            await self._recompute()
-        await self._call(self._llm.resume_generation())
-        return replace(report, pause_s=time.monotonic() - started)
+        def switched() -> None:
+            self._version = snapshot.version
 
-    async def _recompute(self) -> None:
-        """What is in flight begins again with all its tokens but no KV cache, and no prefix of old is found."""
-        if self._in_flight and self._config.update.kv == "drain":
-            logger.warning("%d requests did not end in time; they are recomputed", len(self._in_flight))
-        await self._call(self._llm.reset_prefix_cache(reset_running_requests=True))
+        return await self._update.apply(
+            snapshot, self._version, begin_anew=self._without_token, recompute=kv != "keep", switched=switched
+        )
 
     def stats(self) -> EngineStats:
         drafting = self._draft_page.read() if self._draft_page else {}
@@ -199,7 +177,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._expected = ExpectedTensors.of(self._model)
+        expected = ExpectedTensors.of(self._model)
         self._sampling_fields = {
             "stop_token_ids": end_token_ids(self._model),
             "logprobs": 0,  # the sampled token's alone
@@ -214,13 +192,14 @@ class VllmEngine:
         arguments = engine_arguments(self._config, self._model, self._seed, self._draft)
         with tied_engine_cores():
             self._llm = AsyncLLM.from_engine_args(arguments)
-        self._gate = VllmGate(
+        gate = VllmGate(
             self._config.gate,
             self._llm,
             sampling=SamplingParams(**PROBE_SAMPLING),
             tokens_input=tokens_input,
             translate=self._translate,
         )
+        self._update = VllmUpdate(self._llm, expected, gate, self._call)
 
     async def _complete(self, request: GenerateRequest, index: int) -> Completion:
         given = len(request.prompt_ids) + len(request.prefix)
@@ -291,41 +270,6 @@ class VllmEngine:
             self._without_token.discard(request_id)
             if output.finished:
                 return output.outputs[0]
-
-    async def _load(self, snapshot: Snapshot) -> UpdateReport:
-        applied = await self._apply_in_workers(snapshot)
-        try:
-            mismatch = await self._gate.admit(snapshot.version, snapshot.manifest.probe)
-        except UpdateFailed:
-            await self._call(self._llm.collective_rpc("echelon_settle", args=(False,)))
-            raise
-        await self._call(self._llm.collective_rpc("echelon_settle", args=(True,)))
-        await self._call(self._llm.update_weight_version(str(snapshot.version)))
-        self._version = snapshot.version
-        return UpdateReport(
-            pause_s=0.0,
-            mismatch=mismatch,
-            load_s=max(each.load_s for each in applied),
-            loaded_bytes=applied[0].num_bytes,
-            loaded_tensors=applied[0].tensors,
-        )
-
-    async def _apply_in_workers(self, snapshot: Snapshot) -> list[Applied]:
-        """Raises: UpdateFailed, once every worker has what it served before."""
-        knows = snapshot.changed is not None and snapshot.base_version == self._version
-        order = Apply(
-            manifest=snapshot.manifest,
-            path=f"/proc/{os.getpid()}/fd/{snapshot.fd}",
-            base_version=self._version if knows else None,
-            changed=tuple(sorted(snapshot.changed or ())) if knows else None,
-        )
-        call = self._llm.collective_rpc("echelon_apply_snapshot", args=(msgspec.msgpack.encode(order),))
-        applied = [msgspec.msgpack.decode(answer, type=Applied) for answer in await self._call(call)]
-        refused = next((each.refused for each in applied if each.refused), "")
-        if refused:
-            await self._call(self._llm.collective_rpc("echelon_settle", args=(False,)))
-            raise UpdateFailed(f"version {snapshot.version} refused: {refused}")
-        return applied
 
     async def _call(self, call: Awaitable[T]) -> T:
         """A call to the engine core that must succeed: without its answer nobody knows what is being served."""
