@@ -2,7 +2,8 @@
 
     python serve_architectures.py JOBS.json
 
-A job names a folder with a model, and where its next version can be pulled from. The engine starts from the folder,
+A job names a folder with a model, where its next version can be pulled from, and how many ranks share each tensor
+(`ranks`, one without it). The engine starts from the folder,
 takes up the version while requests are in flight, then some more of which only a few tensors have changed. What was
 sampled before, across and after, and with the last of them, goes to `result`; with what was read back of each of these,
 and the last one's weights, as a file beside it.
@@ -29,9 +30,11 @@ from safetensors.torch import save_file
 
 from databus.messages import Sampling
 from rollout.config import RolloutConfig
+from rollout.engine import vllm_engine
 from rollout.engine.base import Completion, GenerateRequest, Snapshot
 from rollout.engine.tensors import tensors
 from rollout.engine.vllm_engine import VllmEngine
+from rollout.engine.vllm_setup import engine_arguments
 
 CONFIG = RolloutConfig(context_tokens=26, max_sequences=16)
 PROMPT = (6, 13, 8, 14, 9, 5, 13, 7, 14, 3)  # with the answer, longer than any window
@@ -74,6 +77,11 @@ def import_vllm() -> None:
 
 def run(job: dict[str, Any]) -> None:
     result = Path(job["result"])
+    if job.get("ranks", 1) > 1:  # by itself vLLM 0.32.0 wants a NUMA node for each
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+            str(cores[rank % len(cores)]) for rank in range(job["ranks"])
+        )
     try:
         groups = asyncio.run(serve(job))
         np.savez(result, **{f"{name}.{key}": value for name, group in groups.items() for key, value in flat(group)})
@@ -83,6 +91,9 @@ def run(job: dict[str, Any]) -> None:
 
 async def serve(job: dict[str, Any]) -> dict[str, list[Completion]]:
     engine = VllmEngine(CONFIG, job["model"], seed=0, version=0)
+    vllm_engine.engine_arguments = lambda *given: replace(
+        engine_arguments(*given), tensor_parallel_size=job.get("ranks", 1)
+    )
     await engine.start()
     # Not before: vLLM 0.32.0 looks through all modules while it starts, and fails over one of llvmlite's, which
     # whatever compiles with Numba loads.
@@ -110,14 +121,20 @@ async def serve_parts(engine: VllmEngine, snapshot: Snapshot, folder: Path) -> N
         before, snapshot = snapshot, next_part(snapshot)
         report = await engine.update(snapshot)
         before.close()
-        (back,) = await engine._llm.collective_rpc("echelon_read_back")
+        ranks = await engine._llm.collective_rpc("echelon_read_back")
         sent = [(spec.name, spec.xxh3, int(np.prod(spec.shape))) for spec in snapshot.manifest.tensors]
+        read_elements = [sum(count for *_, count in tensor) for tensor in zip(*ranks, strict=True)]
         read.append(
             {
                 "loaded": report.loaded_tensors,
                 "changed": len(snapshot.changed or ()),
-                "wrong": [name for (name, xxh3, _), (_, there, _) in zip(sent, back, strict=True) if there != xxh3],
-                "unread": [name for (name, _, size), (*_, count) in zip(sent, back, strict=True) if count != size],
+                "wrong": [
+                    name
+                    for back in ranks
+                    for (name, xxh3, _), (_, there, _) in zip(sent, back, strict=True)
+                    if there != xxh3
+                ],
+                "unread": [name for (name, _, size), count in zip(sent, read_elements, strict=True) if count < size],
                 "tensors": len(sent),
             }
         )

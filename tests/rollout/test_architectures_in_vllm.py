@@ -28,6 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 TOLERANCE = 1e-4
 """Nats; both sides compute in float32, in another order."""
+RANKS = {"llama, tied": 2, "qwen3-moe": 2}
+"""Served once more with tensor parallelism."""
+NAMES = (*CONFIGS, *(f"{name} x{ranks}" for name, ranks in RANKS.items()))
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,15 +40,16 @@ def folder_of(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
-    """A folder NAME for each architecture: `old` and `new`, two models; what an engine started from the old one and
+    """A folder for each of `NAMES`: `old` and `new`, two models; what an engine started from the old one and
     updated to the new one said, `said.npz`; and what `serve_architectures` writes of versions applied in part."""
     root = tmp_path_factory.mktemp("architectures")
     servers = []
     jobs = []
     try:
         with process_group("cpu", timeout_s=30.0):
-            for name in CONFIGS:
-                folder = root / folder_of(name)
+            for served in NAMES:
+                name, _, ranks = served.partition(" x")
+                folder = root / folder_of(served)
                 write_model(name, folder / "old", seed=0)
                 write_model(name, folder / "new", seed=1)
                 for file in tiny_model.glob("tokenizer*"):
@@ -60,6 +64,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
                         "address": servers[-1].address,
                         "num_bytes": snapshot.manifest.num_bytes,
                         "result": str(folder / "said.npz"),
+                        "ranks": int(ranks or 1),
                     }
                 )
         (root / "jobs.json").write_text(json.dumps(jobs))
@@ -77,7 +82,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
             server.close()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_published_weights_are_served(results: Path, name: str) -> None:
     folder = results / folder_of(name)
     error = folder / "said.error"
@@ -101,7 +106,7 @@ def test_published_weights_are_served(results: Path, name: str) -> None:
     assert mixed > 0
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_versions_in_part_are_served_bit_for_bit(results: Path, name: str) -> None:
     folder = results / folder_of(name)
     experts = {f"model.layers.{layer}.mlp.experts." for layer in range(2)} if "moe" in name else set()
