@@ -143,7 +143,8 @@ class Mismatch(Struct, frozen=True, kw_only=True):
 class VersionApplied(Struct, frozen=True, kw_only=True, tag=True):
     """Worker -> broker: the engine serves `version` from now on; what the update cost.
 
-    mismatch: None where the version came without a probe.
+    mismatch: None where the version came without a probe. delay_s: that it was put off once it was there; no part of
+    sync_s.
     """
 
     version: int
@@ -151,6 +152,7 @@ class VersionApplied(Struct, frozen=True, kw_only=True, tag=True):
     sync_s: float = 0.0
     received_bytes: int = 0
     mismatch: Mismatch | None = None
+    delay_s: float = 0.0
 
 
 class VersionRefused(Struct, frozen=True, kw_only=True, tag=True):

@@ -83,6 +83,7 @@ class StepMetrics:
         return {
             "weights/sync_s": max((update.sync_s for update in self._updates), default=0.0),
             "weights/pause_s": max((update.pause_s for update in self._updates), default=0.0),
+            "weights/delay_s": max((update.delay_s for update in self._updates), default=0.0),
             "weights/sent_bytes": sum(update.received_bytes for update in self._updates),
         }
 

@@ -34,6 +34,8 @@ from databus.messages import (
     VersionRefused,
     Welcome,
 )
+from rollout.config import UpdateConfig
+from rollout.delay import Delay, Postponable
 from rollout.lease_work import LeaseWork, Outcome
 from rollout.leaving import Durations, nearly_done
 from rollout.versions import Pull, VersionFollower
@@ -83,14 +85,23 @@ class Worker:
         ahead: float = 0.0,
         pull: Pull = pull_snapshot,
         drain_s: float = DRAIN_S,
+        update: UpdateConfig = UpdateConfig(),  # noqa: B008
+        max_staleness: int = 0,
     ) -> None:
         """Args: ahead: groups to hold beyond those that `max_sequences` has room for, as a share of these.
-        drain_s: how long a worker that leaves goes on with what it has begun.
+        drain_s: how long a worker that leaves goes on with what it has begun. update, max_staleness: how long a new
+        version may be put off.
         """
         self._bus = bus
         self._capacity = credit_groups(max_sequences, group_size, ahead)
         self._work = work
-        self._versions = VersionFollower(work.engine, self._switched, pull)
+        room = credit_groups(max_sequences, group_size, ahead=0.0)
+        postponable = Postponable(
+            max_staleness=max_staleness,
+            under_way=lambda: self._in_engine,
+            is_full=lambda: len(self._in_engine) >= room,
+        )
+        self._versions = VersionFollower(work.engine, self._switched, pull, Delay(update, postponable))
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unsettled: dict[str, _Unsettled] = {}
         self._in_engine: set[str] = set()

@@ -46,6 +46,7 @@ def work(run: Membership, name: str) -> None:
         reward_dir=run.reward_dir,
         draft=config.draft,
         pull=pull_through(bus),
+        max_staleness=config.max_staleness,
     )
 
     def make_client(version: int, heartbeat: Callable[[], Heartbeat]) -> BusClient:

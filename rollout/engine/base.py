@@ -118,10 +118,16 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """pause_s: how long no token was generated. mismatch: None where the version came without a probe."""
+    """pause_s: how long no token was generated. mismatch: None where the version came without a probe.
+
+    load_s: of the pause, checking, loading and reading back. loaded_bytes, loaded_tensors: of the snapshot.
+    """
 
     pause_s: float
     mismatch: Mismatch | None = None
+    load_s: float = 0.0
+    loaded_bytes: int = 0
+    loaded_tensors: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +158,13 @@ class Engine(Protocol):
         """All completions of the group. Raises: EngineError; EngineDead."""
         ...
 
+    async def drain(self) -> None:
+        """Let no request begin from here on, and wait until none is in flight, or for `rollout.update.drain_s`; the
+        `update` that must follow lets them begin again. Raises: EngineDead."""
+        ...
+
     async def update(self, snapshot: Snapshot) -> UpdateReport:
-        """Serve `snapshot` from the next token on; requests in flight go on.
+        """Serve `snapshot` from the next token on; requests in flight go on, as `rollout.update.kv` says.
 
         Raises: UpdateFailed; GateRefused; EngineDead. After the first two the old weights serve on, bit for bit.
         """

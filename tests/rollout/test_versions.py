@@ -19,6 +19,8 @@ DEAD, ALIVE = "ipc://dead", "ipc://alive"
 class Engine:
     version = 0
 
+    async def drain(self) -> None: ...
+
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         self.version = snapshot.version
         return UpdateReport(pause_s=0.0)

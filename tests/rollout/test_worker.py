@@ -127,6 +127,8 @@ class FakeEngine:
         one = Completion(token_ids=tokens, logprobs=logprobs, versions=versions, truncated=False)
         return [one] * request.group_size
 
+    async def drain(self) -> None: ...
+
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         self.updating.set()
         self.updates.append(snapshot.version)
