@@ -1,6 +1,6 @@
 """GSPO on DAPO-Math-17k with Qwen3-30B-A3B: a mixture of experts, whose ratio is taken over whole sequences.
 
-    echelon run recipes/gspo_moe.py rollout.device=cuda learner.device=cuda
+    echelon run recipes/gspo_moe.py rollout.device=cuda learner.device=cuda learner.offload=true
 
 Which experts a token takes changes with the weights, so that ratios of single tokens are mostly noise; GSPO clips their
 geometric mean over the sequence. Not yet run at this size: tested for two steps with a tiny Qwen3-MoE on a file in the
@@ -40,7 +40,6 @@ def recipe() -> RunConfig:
             minibatches=4,
             microbatch_tokens=10240,
             gradient_checkpointing=True,
-            offload=True,
             checkpoint_every=50,
             loss=LossConfig(
                 kind="gspo",

@@ -1,8 +1,8 @@
 """Two expressions, told apart or found equal in a millisecond, where math-verify would simplify for ten to a hundred.
 
-It says only what math-verify 0.9 would say as well, and nothing where it is not sure of that. math-verify simplifies the
-difference and asks whether that is zero. Here both are evaluated at two points: expressions that differ by more than
-rounding at one of them are not equal, whatever is simplified. Polynomials whose difference expands to nothing are.
+It says nothing where it is not sure of what math-verify 0.9 would say. That simplifies the difference and asks whether
+it is zero. Here both are evaluated at two points: expressions that differ by more than rounding at one of them are not
+equal, whatever is simplified. Polynomials whose difference expands to nothing are.
 """
 
 from typing import Any

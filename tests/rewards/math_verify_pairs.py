@@ -306,7 +306,7 @@ THEIRS: list[Pair] = [
     ("$\\frac{\\pi r}{h+r}$", "$s = z+x+y = h+r$, and the ratio is $\\boxed{\\frac{\\pi r}{h+r}}$.", True),
     (
         "$189$",
-        "9=189.\n\\boxed{189}\n</think>\n\n\\[ \\frac{1}{2} \\times 378 = 189 \\]\n\nIt is \\(\\boxed{189}\\) square cm.",
+        "9=189.\n\\boxed{189}\n</think>\n\n\\[ \\frac{1}{2} \\times 378 = 189 \\]\n\nIt is \\(\\boxed{189}\\) cm.",
         True,
     ),
     (
