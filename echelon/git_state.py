@@ -7,7 +7,7 @@ TIMEOUT_S = 10.0
 
 
 def git_state(folder: Path) -> dict[str, str | int]:
-    """`commit`, `branch` and `changed_files` of the repository that `folder` lies in; {} where there is none, or no git.
+    """`commit`, `branch` and `changed_files` of the repository that `folder` lies in; {} where there is none.
 
     changed_files counts those that are not committed, new ones among them: 0 says that the commit is all there is.
     """
