@@ -148,12 +148,12 @@ class StepDesk:
         if state.scheduler is not None:
             still_open = {cursor for cursor, _ in state.ledger.pending_at(batch.step + 1)}
             row |= state.scheduler.stepped([waiting.entry.cursor for waiting in batch.groups], still_open)
+        if batch.step >= self._first_row:  # before the row: who reads that finds them
+            chosen = [SampledGroup(item.prompt, item.group) for item in batch.groups[:SAMPLED_GROUPS]]
+            self._sink.samples(batch.step, chosen)
         self._add_row(row)
         if all(waiting.place >= 0 for waiting in batch.groups):
             state.trained[batch.step] = array("Q", [waiting.place for waiting in batch.groups])
-        if batch.step >= self._first_row:
-            chosen = [SampledGroup(item.prompt, item.group) for item in batch.groups[:SAMPLED_GROUPS]]
-            self._sink.samples(batch.step, chosen)
         state.batch, state.requested, state.step = None, None, batch.step + 1
         state.touch()
         self._add_last_row()
