@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 CONNECT_S = 60.0
 
 
-def learn(folder: RunFolder, memory_dir: Path | None) -> None:
+def learn(folder: RunFolder, memory_dir: Path | None, host: str = "") -> None:
     """Args: memory_dir: for copies of the state, and with one where another learner of this run has been killed.
+        host: address of this machine, where the broker is on another; "": it is on this one.
 
     Raises: whatever ends the learner; `role_main` reports it.
     """
@@ -42,7 +43,7 @@ def learn(folder: RunFolder, memory_dir: Path | None) -> None:
         max_staleness=config.max_staleness,
         seed=config.seed,
         checkpoints_dir=folder.checkpoints,
-        bus_address=config.bus.address if bus.keys else bus.address,
+        bus_address=_beside(bus.address, config.bus.address if bus.keys else bus.address, host),
         weight_keys=bus.server_keys("learner", allowed=["worker"]),
         resume_from=restart_point(folder.checkpoints, memory_dir),
         memory_dir=memory_dir,
@@ -57,6 +58,11 @@ def learn(folder: RunFolder, memory_dir: Path | None) -> None:
         run_learner(config.learner, run, lambda version: connect(folder, version))
     except DamagedCheckpoint as error:
         raise ValueError(error.advised()) from None
+
+
+def _beside(broker: str, listens: str, host: str) -> str:
+    """The address whose host the weight server listens on: the broker's, or this machine's own."""
+    return f"tcp://{host}:*" if host and broker.startswith("tcp://") else listens
 
 
 class LearnerBus:
@@ -97,11 +103,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir")
     parser.add_argument("--memory-copies", type=Path, metavar="DIR", help="in shared memory; without it there are none")
+    parser.add_argument("--host", default="", help="this machine's address, where the broker is on another")
     args = parser.parse_args()
     folder = RunFolder(args.run_dir)
     rank = int(os.environ.get("RANK", "0"))
     role = "learner" if rank == 0 else f"learner-rank{rank}"
-    return role_main(role, folder.error_file(role), lambda: learn(folder, args.memory_copies), consequences)
+    return role_main(role, folder.error_file(role), lambda: learn(folder, args.memory_copies, args.host), consequences)
 
 
 if __name__ == "__main__":
