@@ -88,7 +88,7 @@ def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--on",
         choices=("local", "ray", "slurm", "allocation"),
         default="local",
-        help="where the roles run: this machine, a Ray cluster, a Slurm job, or the job that this is in (default: local)",
+        help="where roles run: this machine, a Ray cluster, a Slurm job, the job that this is in (default: local)",
     )
 
 

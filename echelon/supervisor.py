@@ -204,10 +204,10 @@ class Supervisor:
     def _note_waits(self) -> None:
         """Says once of each role that it has no place yet."""
         for child in self._roster.children.values():
-            if time.monotonic() - child.started > NOTE_WAIT_S and child.name not in self._noted_waits:
-                if wish := child.waits_for():
-                    self._view.note(f"{child.name} waits for a place: {wish}")
-                    self._noted_waits.add(child.name)
+            is_late = time.monotonic() - child.started > NOTE_WAIT_S and child.name not in self._noted_waits
+            if is_late and (wish := child.waits_for()):
+                self._view.note(f"{child.name} waits for a place: {wish}")
+                self._noted_waits.add(child.name)
 
     def _title(self, name: str) -> str:
         engine = ENGINE_NAMES[self._config.rollout.engine]
@@ -220,9 +220,8 @@ class Supervisor:
         for child in sorted(late, key=lambda child: not child.waits_for()):
             if wish := child.waits_for():
                 raise RunFailed(f"{child.name} got no place within {limit:.0f} s: {wish}")
-            else:
-                self._report()
-                raise RunFailed(f"{child.name} did not become ready within {limit:.0f} s (log: {child.log})")
+            self._report()
+            raise RunFailed(f"{child.name} did not become ready within {limit:.0f} s (log: {child.log})")
         silent_s = time.monotonic() - self._progress_at
         if not missing and silent_s > self._config.watchdog_s:
             raise RunFailed(

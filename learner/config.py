@@ -106,7 +106,7 @@ class ApolloConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The learner: `ranks` processes, FSDP2, evenly on `nodes` machines, of which `echelon run --on` finds more than one.
+    """The learner: `ranks` processes, FSDP2, evenly on `nodes` machines; several take `echelon run --on`.
 
     dtype: compute dtype; masters, gradients' reduction and optimizer state stay in fp32.
     lr, warmup_steps, schedule: peak rate, linear warm-up, then `constant`, `linear` or `cosine` to zero.

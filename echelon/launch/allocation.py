@@ -1,4 +1,4 @@
-"""`echelon run --on allocation`: inside a Slurm job, roles as steps on its nodes; the run folder is on a shared disk."""
+"""`echelon run --on allocation`: inside a Slurm job, with roles as steps on its nodes, which share a disk."""
 
 import os
 import signal

@@ -119,8 +119,8 @@ def learner_orders(site: Site, name: str, nodes: Sequence[NodeFacts]) -> list[Ro
     for node in nodes:
         if not node.sees_run:
             raise ValueError(
-                f"the run folder {site.folder.path} is not on {node.address}, where the learner has its place: it needs "
-                "a folder that all nodes share; name one with --run-dir"
+                f"the run folder {site.folder.path} is not on {node.address}, where the learner has its place: "
+                "it needs a folder that all nodes share; name one with --run-dir"
             )
     config = site.config
     endpoint = f"{nodes[0].address}:{nodes[0].free_port}"

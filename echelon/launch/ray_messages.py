@@ -45,7 +45,7 @@ class RoleEnd(Struct, frozen=True, kw_only=True):
 
 
 class RoleNews(Struct, frozen=True, kw_only=True):
-    """What is new of a role. log: what it has said since. end: None while it runs, or while there is more of its log."""
+    """What is new of a role. log: what it has said since. end: None while it runs, or has more to say."""
 
     log: bytes
     end: RoleEnd | None

@@ -48,7 +48,7 @@ def submit(recipe: Recipe, folder: RunFolder, path: str, overrides: Sequence[str
         raise ValueError(f"Slurm refuses the job: {' '.join(str(error).split())}") from None
     return [
         f"job {job.job_id} is queued: `squeue --job {job.job_id}`, and `scancel --full {job.job_id}` to stop it",
-        f"run folder {folder.path}: `echelon watch {folder.path}` once it runs; the job's own output is in {job.paths.folder}",
+        f"run folder {folder.path}: `echelon watch {folder.path}` once it runs; the job's output: {job.paths.folder}",
     ]
 
 
@@ -101,7 +101,7 @@ class AllocatedRun:
 
     def __call__(self) -> None:
         """Raises: RuntimeError where the run fails."""
-        self._process = subprocess.Popen(self._command(), env=os.environ | {"ECHELON_PID": ""})
+        self._process = subprocess.Popen(self._command())
         code = self._process.wait()
         if code != 0:
             raise RuntimeError(f"echelon run ended with exit code {code}")

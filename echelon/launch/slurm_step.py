@@ -28,7 +28,7 @@ class SrunStep(Child):
         log: Path,
         stop_signal: signal.Signals,
     ) -> None:
-        """Args: options: srun's. arguments: of `python -m` on the node. stop_signal: what the role is told to end by."""
+        """Args: options: srun's. arguments: of `python -m` on the node. stop_signal: ends the role."""
         srun = shutil.which("srun") or "srun"
         step = ["echelon.roles.step", stop_signal.name, *arguments]
         words = ["echelon.roles.launch", "--program", srun, "--job-name", name, *options, *python_words(step)]
