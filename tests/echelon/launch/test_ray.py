@@ -17,7 +17,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
     # Ray 2.60: nodes that a test stops leave pipes and processes to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -129,10 +129,10 @@ def test_run_on_four_nodes_goes_on_when_one_is_killed(cluster, write_recipe, sta
     settings = ("--on", "ray", f"ray.address={cluster.address}", "learner.nodes=2", "learner.ranks=2")
     settings += (f"learner.steps={STEPS}", "eval.every=0", "rollout.workers=2", "learner.checkpoint_every=8")
     run = start_run(write_recipe(tmp_path), tmp_path / "run", *settings)
-    run.wait_for(lambda: len(run.rows()) >= 2)
+    run.wait_for(lambda: len(run.rows()) >= 2, 600)
     assert len([line for line in cluster.roles() if "-m echelon.roles.learner" in line and "torch" not in line]) == 2
     lost = cluster.kill_node_of("worker")
-    code, stdout, stderr = run.finish()
+    code, stdout, stderr = run.finish(600)
     assert (code, stderr) == (0, ""), (stdout, run.logs())
     assert f"{lost} was lost with its node or its actor" in stdout
     rows = run.rows()
@@ -150,7 +150,7 @@ def test_run_on_four_nodes_goes_on_when_one_is_killed(cluster, write_recipe, sta
 def test_more_workers_than_places(cluster, write_recipe, start_run, tmp_path: Path) -> None:
     settings = ("--on", "ray", f"ray.address={cluster.address}", "rollout.workers=9", "rollout.start_timeout_s=8")
     run = start_run(write_recipe(tmp_path), tmp_path / "run", *settings)
-    code, _, stderr = run.finish()
+    code, _, stderr = run.finish(600)
     assert code == 1, run.logs()
     assert "got no place within 8 s: it wants 1 CPU; free are 0 of 3 CPUs on 3 nodes" in stderr
     assert stderr.count("\n") == 1, stderr
@@ -160,7 +160,7 @@ def test_more_workers_than_places(cluster, write_recipe, start_run, tmp_path: Pa
 
 def test_no_cluster(write_recipe, start_run, tmp_path: Path) -> None:
     run = start_run(write_recipe(tmp_path), tmp_path / "run", "--on", "ray", "ray.address=127.0.0.1:1")
-    code, _, stderr = run.finish()
+    code, _, stderr = run.finish(600)
     assert (code, stderr.count("\n")) == (2, 1)
     assert "ray.address is 127.0.0.1:1, and nothing answers there" in stderr
     assert not os.path.exists(tmp_path / "run")
