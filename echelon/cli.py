@@ -84,6 +84,12 @@ def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
     run.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change: learner.lr=1e-5")
     run.add_argument("--run-dir", metavar="DIR", help="where the run lies (default: runs/RECIPE-TIME)")
     run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --run-dir")
+    run.add_argument(
+        "--on",
+        choices=("local", "ray", "slurm", "allocation"),
+        default="local",
+        help="where roles run: this machine, a Ray cluster, a Slurm job, the job that this is in (default: local)",
+    )
 
 
 def _add_worker(commands: "argparse._SubParsersAction[Parser]") -> None:

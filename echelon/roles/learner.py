@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 CONNECT_S = 60.0
 
 
-def learn(folder: RunFolder, memory_dir: Path | None) -> None:
+def learn(folder: RunFolder, memory_dir: Path | None, host: str = "") -> None:
     """Args: memory_dir: for copies of the state, with one in it where another learner of this run has been killed, and
-        for versions.
+        for versions. host: address of this machine, where the broker is on another; "": it is on this one.
 
     Raises: whatever ends the learner; `role_main` reports it.
     """
@@ -45,7 +45,7 @@ def learn(folder: RunFolder, memory_dir: Path | None) -> None:
         max_staleness=config.max_staleness,
         seed=config.seed,
         checkpoints_dir=folder.checkpoints,
-        bus_address=config.bus.address if bus.keys else bus.address,
+        bus_address=_beside(bus.address, config.bus.address if bus.keys else bus.address, host),
         weight_keys=bus.server_keys("learner", allowed=["worker"]),
         resume_from=restart_point(folder.checkpoints, copies_dir),
         memory_dir=copies_dir,
@@ -72,6 +72,11 @@ def weights_dir(config: WeightsConfig, folder: RunFolder, memory_dir: Path | Non
     if config.backend == "file":
         return Path(config.folder).resolve() / folder.record().run_id if config.folder else folder.path / "weights"
     return None
+
+
+def _beside(broker: str, listens: str, host: str) -> str:
+    """The address whose host the weight server listens on: the broker's, or this machine's own."""
+    return f"tcp://{host}:*" if host and broker.startswith("tcp://") else listens
 
 
 class LearnerBus:
@@ -112,11 +117,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir")
     parser.add_argument("--memory-copies", type=Path, metavar="DIR", help="in shared memory; without it there are none")
+    parser.add_argument("--host", default="", help="this machine's address, where the broker is on another")
     args = parser.parse_args()
     folder = RunFolder(args.run_dir)
     rank = int(os.environ.get("RANK", "0"))
     role = "learner" if rank == 0 else f"learner-rank{rank}"
-    return role_main(role, folder.error_file(role), lambda: learn(folder, args.memory_copies), consequences)
+    return role_main(role, folder.error_file(role), lambda: learn(folder, args.memory_copies, args.host), consequences)
 
 
 if __name__ == "__main__":

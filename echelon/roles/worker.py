@@ -93,6 +93,7 @@ def main() -> int:
     parser.add_argument("run_dir")
     parser.add_argument("--name", required=True)
     parser.add_argument("--spare", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="RUN_DIR has what travels; is the rest on this machine?")
     args = parser.parse_args()
     folder = RunFolder(args.run_dir)
 
@@ -100,6 +101,10 @@ def main() -> int:
         from rollout.engine.factory import import_engine
 
         config = folder.config()
+        if args.alone:
+            from echelon.joining import check_has_all_of
+
+            check_has_all_of(config, folder.path)
         import_engine(config.rollout.engine)
         bus = folder.wait_for_bus(config.rollout.start_timeout_s)
         work(Membership(config=config, bus=bus, reward_dir=folder.path, spare=args.spare), args.name)
