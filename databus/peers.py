@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from databus.messages import (
@@ -73,7 +73,7 @@ class Peer:
     beat: Heartbeat = field(default_factory=Heartbeat)
     speed: Speed = field(default_factory=Speed)
     standing: Standing = "working"
-    joined: float = field(default_factory=time.monotonic)
+    joined: float = 0.0
     refused: int = -1
 
     @property
@@ -93,9 +93,9 @@ class Peer:
     def tokens_per_s(self) -> float:
         return self.speed.tokens_per_s
 
-    def rejoin(self, hello: Hello) -> None:
+    def rejoin(self, hello: Hello, now: float) -> None:
         """It had taken the broker for lost, or been lost itself: it keeps its leases, and its credits count anew."""
-        self.hello, self.joined = hello, time.monotonic()
+        self.hello, self.joined = hello, now
         self.credits = self.leases_sent = 0
 
     def take_heartbeat(self, beat: Heartbeat, now: float) -> None:
@@ -106,7 +106,8 @@ class Peer:
 class Peers:
     """The table of connected peers."""
 
-    def __init__(self, timeout_s: float, heartbeat_s: float) -> None:
+    def __init__(self, timeout_s: float, heartbeat_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._timeout_s = timeout_s
         self._missed_s = MISSED_HEARTBEATS * heartbeat_s
         self._peers: dict[str, Peer] = {}
@@ -143,8 +144,8 @@ class Peers:
         return ""
 
     def add(self, hello: Hello, route: bytes) -> Peer:
-        now = time.monotonic()
-        peer = Peer(hello=hello, route=route, heard=now, version=hello.version, announced=hello.version)
+        now = self._clock()
+        peer = Peer(hello=hello, route=route, heard=now, version=hello.version, announced=hello.version, joined=now)
         peer.standing = "spare" if hello.spare else "working"
         self._peers[hello.name] = peer
         return peer
