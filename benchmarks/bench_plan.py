@@ -41,7 +41,8 @@ SEED = 0
 FIGURES = ("tokens_per_s", "learner_idle", "worker_idle", "staleness_mean")
 SAMPLE_S = 0.5
 MANY = 10_000
-MANY_BATCH = 10_000
+MANY_BATCH = 4_000
+"""With max_staleness 2 that is 12,000 groups at once: every worker has one."""
 MANY_LIMIT_S = 60.0
 
 

@@ -58,6 +58,8 @@ class LeaseDesk:
         target = state.newest if current is None else min(state.newest, current.version)
         published = state.versions[target]
         for worker in state.peers.workers():
+            if worker.version >= target and worker.is_settled:
+                continue
             told = worker.version >= target or (
                 worker.announced >= target and worker.announced_address == published.address
             )
@@ -79,14 +81,16 @@ class LeaseDesk:
                     self._lease_evaluation(worker)
         if not self._has_room():
             return
-        workers = [worker for worker in everybody if self._may_lease(worker)]
+        free = [worker for worker in everybody if self._is_free(worker)]
+        may_begin = {version: self._may_begin(version) for version in {worker.version for worker in free}}
+        workers = [worker for worker in free if may_begin[worker.version]]
         loads = [self._load(worker) for worker in workers]
         rank = self._state.placement.ranking(loads)
         queue = [(rank(load), index) for index, load in enumerate(loads)]
         heapq.heapify(queue)
         while queue:  # a lease changes the load of one worker; of the others, only whether they may have another
             _, index = queue[0]
-            if self._may_lease(workers[index]):
+            if self._is_free(workers[index]) and self._may_begin(workers[index].version):
                 self._lease_training(workers[index])
                 heapq.heapreplace(queue, (rank(self._load(workers[index])), index))
             else:
@@ -105,16 +109,17 @@ class LeaseDesk:
             free_groups=worker.credits - worker.leases_sent,
         )
 
-    def _may_lease(self, worker: Peer) -> bool:
+    def _is_free(self, worker: Peer) -> bool:
+        return worker.leases_sent < worker.credits and worker.standing == "working" and worker.is_settled
+
+    def _may_begin(self, version: int) -> bool:
+        """May a worker that serves `version` have one more group?"""
         state = self._state
         accepted, running = state.accepted, state.ledger.running
         return (
-            worker.standing == "working"
-            and worker.leases_sent < worker.credits
-            and state.config.start_step <= worker.version
-            and worker.is_settled
+            state.config.start_step <= version
             and accepted + running < state.config.steps * state.config.batch_groups
-            and state.gate.capacity(worker.version, accepted, running) > 0
+            and state.gate.capacity(version, accepted, running) > 0
         )
 
     def _lease_training(self, worker: Peer) -> None:

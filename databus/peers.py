@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from databus.messages import (
@@ -79,7 +79,7 @@ class Peer:
     @property
     def is_settled(self) -> bool:
         """It serves what it was told of, or never will."""
-        return max(self.version, self.refused) >= self.announced
+        return self.version >= self.announced or self.refused >= self.announced
 
     @property
     def name(self) -> str:
@@ -111,6 +111,7 @@ class Peers:
         self._timeout_s = timeout_s
         self._missed_s = MISSED_HEARTBEATS * heartbeat_s
         self._peers: dict[str, Peer] = {}
+        self._by_role: dict[Role, list[Peer]] | None = None
 
     def __iter__(self) -> Iterator[Peer]:
         return iter(list(self._peers.values()))
@@ -118,12 +119,21 @@ class Peers:
     def get(self, name: str) -> Peer | None:
         return self._peers.get(name)
 
-    def workers(self) -> list[Peer]:
-        return [peer for peer in self if peer.role == "worker"]
+    def workers(self) -> Sequence[Peer]:
+        """As they are now; who comes or goes later does not change what was returned."""
+        return self._of_role("worker")
 
     @property
     def learner(self) -> Peer | None:
-        return next((peer for peer in self if peer.role == "learner"), None)
+        return next(iter(self._of_role("learner")), None)
+
+    def _of_role(self, role: Role) -> Sequence[Peer]:
+        """Reckoned when somebody has come or gone: of thousands, nobody could look at all every turn."""
+        if self._by_role is None:
+            self._by_role = {"worker": [], "learner": [], "observer": []}
+            for peer in self._peers.values():
+                self._by_role[peer.role].append(peer)
+        return self._by_role[role]
 
     def objection(self, sender: str, hello: Hello, run_id: str, newest: int) -> str:
         """Why this peer cannot be let in; "" if it can. Args: newest: version that a worker may serve at most."""
@@ -148,9 +158,11 @@ class Peers:
         peer = Peer(hello=hello, route=route, heard=now, version=hello.version, announced=hello.version, joined=now)
         peer.standing = "spare" if hello.spare else "working"
         self._peers[hello.name] = peer
+        self._by_role = None
         return peer
 
     def remove(self, name: str) -> Peer | None:
+        self._by_role = None
         return self._peers.pop(name, None)
 
     def silent(self, now: float) -> list[Peer]:
