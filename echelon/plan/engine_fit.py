@@ -3,11 +3,13 @@
 Its step takes a + b · (running sequences), and neither steps nor running sequences are written down. But when groups
 came to a worker is, and how long their completions became, so the engine's model can be run on just that. It says how
 many steps each group saw, and with how many sequences beside it, and the time that the group really took is linear in
-both: least squares give a and b, the model is run again with these, until they stay.
+both: least squares give a and b, the model is run again with these, until they stay. What a group spends beside the
+engine is known, or counts as the engine's.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,37 +38,39 @@ class EngineFit:
         self._times, self._factors = self._changes()
         self._work = np.concatenate(([0.0], np.cumsum(np.diff(self._times) * self._factors[:-1])))
 
-    def solve(self) -> tuple[float, float, float]:
-        """(step_s, sequence_s, seconds beside the engine)."""
-        step_s, sequence_s, beside_s = self._guess()
+    def solve(self) -> EngineSpeed:
+        speed = self._guess()
         for _ in range(ROUNDS):
-            rows, times = self._features(EngineSpeed(step_s, sequence_s))
-            found = non_negative(rows, times)
+            rows, times = self._features(speed)
+            step_s, sequence_s = non_negative(rows, times)
             # Half of the way: when a group is done decides who runs beside whom, and so what the next round finds.
-            step_s, sequence_s, beside_s = (
-                (old + new) / 2 for old, new in zip((step_s, sequence_s, beside_s), found, strict=True)
+            speed = replace(
+                speed,
+                step_s=max(1e-6, (speed.step_s + step_s) / 2),
+                sequence_s=(speed.sequence_s + sequence_s) / 2,
             )
-            step_s = max(step_s, 1e-6)
-        return step_s, sequence_s, beside_s
+        return speed
 
-    def _guess(self) -> tuple[float, float, float]:
+    def _guess(self) -> EngineSpeed:
         """As if the engine were full all the time, half of a step in itself."""
         room = self._config.rollout.max_sequences
         tokens = sum(int(group.group.lengths.sum()) for group in self._trace.groups)
         seconds = sum(
             spans_of([(group.start, group.end) for group in groups]).total() for groups in self._by_worker.values()
         )
-        step = max(1e-4, room * seconds / max(1, tokens))
-        return step / 2, step / 2 / room, 0.0
+        drafted = self._costs.tokens_per_step
+        step_s = max(1e-4, room * seconds * drafted / max(1, tokens))
+        return EngineSpeed(step_s / 2, step_s / 2 / room, drafted)
 
     def _features(self, speed: EngineSpeed) -> tuple[Array, Array]:
-        """(float64 [N, 3], float64 [N]): steps, sequence steps and 1 of each group; the time that it really took."""
-        rows: list[tuple[float, float, float]] = []
+        """(float64 [N, 2], float64 [N]): steps and sequence steps of each group; the time that it really took."""
+        rows: list[tuple[float, float]] = []
         times: list[float] = []
+        beside_s = self._costs.score_s + 2 * self._costs.bus_s
         for groups in self._by_worker.values():
             for index, steps, sequence_steps in self._run(groups, speed):
-                rows.append((steps, sequence_steps, 1.0))
-                times.append(self._worked(groups[index]))
+                rows.append((steps, sequence_steps))
+                times.append(max(0.0, self._worked(groups[index]) - beside_s))
         return np.array(rows), np.array(times)
 
     def _run(self, groups: Sequence[LeasedGroup], speed: EngineSpeed) -> list[tuple[int, float, float]]:
@@ -106,16 +110,17 @@ class EngineFit:
         return times, np.where(is_paused, 0.0, factors)
 
 
-def non_negative(rows: Array, values: Array) -> tuple[float, float, float]:
-    """Least squares with no coefficient below 0: the best of all choices of columns that gives none.
+def non_negative(rows: Array, values: Array) -> tuple[float, float]:
+    """Least squares with no coefficient below 0, scaled so that what it says of all rows together is what there was.
 
-    Args: rows: [N, 3]. values: [N].
+    Args: rows: [N, 2]. values: [N].
     """
-    best, least = np.zeros(3), math.inf
-    for chosen in ([0, 1, 2], [0, 1], [0, 2], [1, 2], [0], [1]):
-        found = np.zeros(3)
+    best, least = np.zeros(2), math.inf
+    for chosen in ([0, 1], [0], [1]):
+        found = np.zeros(2)
         found[chosen] = np.linalg.lstsq(rows[:, chosen], values, rcond=None)[0]
         error = float(((rows @ found - values) ** 2).sum())
         if (found >= 0).all() and error < least:
             best, least = found, error
-    return float(best[0]), float(best[1]), float(best[2])
+    best *= values.sum() / max(1e-9, float((rows @ best).sum()))
+    return float(best[0]), float(best[1])

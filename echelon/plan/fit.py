@@ -2,7 +2,7 @@
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -28,29 +28,36 @@ def stated_costs(config: RunConfig) -> Costs:
 
 
 def fit_costs(config: RunConfig, trace: Trace, costs: Costs) -> Costs:
-    """Args: config: of the run. costs: what is not fitted: cores, and what roles take of them, among that."""
+    """Means, not medians: what is foretold is how far a run comes, and that has its bad moments in it.
+
+    Args: config: of the run. costs: what is not fitted: cores, and what roles take of them, among that.
+    """
     shared = Contention(trace, costs)
     rows = [row for row in trace.rows if row["step"] >= FIRST_STEPS] or trace.rows
-    publish_s = _median([row.get("learner/publish_s", 0.0) for row in rows])
-    sync_s = _median([row["weights/sync_s"] for row in rows if row.get("weights/sync_s", 0.0) > 0])
-    pause_s = min(sync_s, _median([row["weights/pause_s"] for row in rows if row.get("weights/sync_s", 0.0) > 0]))
-    costs = replace(costs, publish_s=publish_s, sync_s=sync_s, pause_s=pause_s)
-    train_s, train_token_s = fit_learner(trace.steps, shared, publish_s)
-    step_s, sequence_s, beside_s = EngineFit(config, trace, costs, shared).solve()
-    rounds = _median([row.get("draft/accepted_per_round", 0.0) for row in rows])
-    return replace(
+    updates = [row for row in rows if row.get("weights/sync_s", 0.0) > 0]
+    sync_s = _mean([row["weights/sync_s"] for row in updates])
+    costs = replace(
         costs,
-        train_s=train_s,
-        train_token_s=train_token_s,
-        tokens_per_step=1.0 + rounds,
-        step_s=step_s * (1.0 + rounds),
-        sequence_s=sequence_s * (1.0 + rounds),
-        score_s=max(0.0, beside_s - 2 * costs.bus_s),
+        publish_s=_mean([row.get("learner/publish_s", 0.0) for row in rows]),
+        sync_s=sync_s,
+        pause_s=min(sync_s, _mean([row["weights/pause_s"] for row in updates])),
+        score_s=config.group_size * _mean([_scoring_s(row) for row in rows]),
+        tokens_per_step=1.0 + _mean([row.get("draft/accepted_per_round", 0.0) for row in rows]),
+    )
+    train_s, train_token_s = fit_learner(trace.steps, shared, costs.publish_s)
+    speed = EngineFit(config, trace, costs, shared).solve()
+    return replace(
+        costs, train_s=train_s, train_token_s=train_token_s, step_s=speed.step_s, sequence_s=speed.sequence_s
     )
 
 
+def _scoring_s(row: Mapping[str, float]) -> float:
+    """Of a completion, all parts of its reward one after the other."""
+    return sum(value for name, value in row.items() if name.startswith("scoring/") and name.endswith("_s"))
+
+
 def fit_learner(steps: Sequence[LearnerStep], shared: Contention, publish_s: float) -> tuple[float, float]:
-    """(seconds of a step in itself, seconds a token), undisturbed, by the medians of Theil and Sen.
+    """(seconds of a step in itself, seconds a token), undisturbed: the slope by Theil and Sen, the mean of the rest.
 
     Batches of a run are nearly alike, and the slope may be mostly noise: at least half of a step is taken to be by
     tokens.
@@ -62,10 +69,10 @@ def fit_learner(steps: Sequence[LearnerStep], shared: Contention, publish_s: flo
     first, second = np.triu_indices(len(tokens), 1)
     apart = tokens[first] != tokens[second]
     slopes = ((work[first] - work[second])[apart] / (tokens[first] - tokens[second])[apart]) if apart.any() else [0.0]
-    most = float(np.median(work / tokens))
+    most = float(work.sum() / tokens.sum())
     slope = float(np.clip(np.median(slopes), most / 2, most))
-    return max(0.0, float(np.median(work - slope * tokens))), slope
+    return max(0.0, float(np.mean(work - slope * tokens))), slope
 
 
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values) if values else 0.0
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else 0.0

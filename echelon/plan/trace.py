@@ -1,11 +1,11 @@
 """What a run has left behind of how long everything took: its journal's leases and steps, and its rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from databus.codec import MalformedMessage, decode_columns
+from databus.codec import Frame, MalformedMessage, decode_columns
 from databus.journal import JournalDamaged, JournalEntry, read_journal, segments
 from databus.records import BatchCut, GroupCompleted, GroupLeased, GroupMoved, StepTaken
 from echelon.files import read_rows
@@ -78,39 +78,50 @@ def _read_journal(folder: Path) -> Trace:
 
 
 def _fold(entries: Iterable[JournalEntry]) -> Trace:
-    trace = Trace()
-    leases: dict[str, GroupLeased] = {}
-    tokens: dict[str, int] = {}
-    cuts: dict[int, BatchCut] = {}
+    fold = _Fold()
     for _, record, frames in entries:
         match record:
             case GroupLeased(time_s=time_s) if time_s > 0:
-                leases[record.group_id] = record
+                fold.leases[record.group_id] = record
             case GroupCompleted():
-                arrays = decode_columns(record.columns, frames)
-                prompt, lengths, rewards = (arrays[name].copy() for name in COLUMNS)
-                tokens[record.group_id] = int(lengths.sum())
-                lease = leases.pop(record.group_id, None)
-                if lease is not None:
-                    group = RecordedGroup(len(prompt), lengths, rewards)
-                    trace.groups.append(
-                        LeasedGroup(
-                            lease.worker,
-                            lease.time_s,
-                            record.time_s,
-                            lease.predicted_tokens,
-                            tuple(prompt.tolist()),
-                            group,
-                        )
-                    )
-            case GroupMoved():
-                lease = leases.pop(record.group_id, None)
-                if lease is not None:
-                    trace.lost.append((lease.worker, lease.time_s, record.time_s))
+                fold.completed(record, frames)
+            case GroupMoved() if record.group_id in fold.leases:
+                fold.moved[record.group_id] = record.time_s
             case BatchCut():
-                cuts[record.step] = record
-            case StepTaken() if record.step in cuts and cuts[record.step].time_s > 0:
-                cut = cuts.pop(record.step)
-                trained = sum(tokens.pop(group_id, 0) for group_id in cut.group_ids)
-                trace.steps.append(LearnerStep(record.step, cut.time_s, record.time_s, trained))
-    return trace
+                fold.cuts[record.step] = record
+            case StepTaken() if record.step in fold.cuts:
+                fold.stepped(record, fold.cuts.pop(record.step))
+    return fold.trace()
+
+
+class _Fold:
+    """leases: of groups that have not come in. moved: when one of them was given up; it may come in all the same."""
+
+    def __init__(self) -> None:
+        self.leases: dict[str, GroupLeased] = {}
+        self.moved: dict[str, float] = {}
+        self.cuts: dict[int, BatchCut] = {}
+        self._tokens: dict[str, int] = {}
+        self._trace = Trace()
+
+    def completed(self, record: GroupCompleted, frames: Sequence[Frame]) -> None:
+        arrays = decode_columns(record.columns, frames)
+        prompt, lengths, rewards = (arrays[name].copy() for name in COLUMNS)
+        self._tokens[record.group_id] = int(lengths.sum())
+        lease = self.leases.pop(record.group_id, None)
+        if lease is not None:
+            group = RecordedGroup(len(prompt), lengths, rewards)
+            predicted, prompt_ids = lease.predicted_tokens, tuple(prompt.tolist())
+            self._trace.groups.append(
+                LeasedGroup(lease.worker, lease.time_s, record.time_s, predicted, prompt_ids, group)
+            )
+
+    def stepped(self, record: StepTaken, cut: BatchCut) -> None:
+        trained = sum(self._tokens.pop(group_id, 0) for group_id in cut.group_ids)
+        if cut.time_s > 0:
+            self._trace.steps.append(LearnerStep(record.step, cut.time_s, record.time_s, trained))
+
+    def trace(self) -> Trace:
+        lost = [(lease.worker, lease.time_s, self.moved.get(group_id)) for group_id, lease in self.leases.items()]
+        self._trace.lost += [(worker, start, end) for worker, start, end in lost if end is not None]
+        return self._trace
