@@ -137,3 +137,6 @@ class Rows(MetricsSink):
         self.rows.append(dict(row))
 
     def samples(self, step: int, groups: Sequence[object]) -> None: ...
+
+    def rows_from(self, first: int) -> Sequence[str]:
+        return ()  # nobody watches

@@ -2,7 +2,7 @@
 
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -41,7 +41,7 @@ def fit_costs(config: RunConfig, trace: Trace, costs: Costs) -> Costs:
         publish_s=_mean([row.get("learner/publish_s", 0.0) for row in rows]),
         sync_s=sync_s,
         pause_s=min(sync_s, _mean([row["weights/pause_s"] for row in updates])),
-        score_s=config.group_size * _mean([_scoring_s(row) for row in rows]),
+        score_s=_mean([group.score_s for group in trace.groups]),
         tokens_per_step=1.0 + _mean([row.get("draft/accepted_per_round", 0.0) for row in rows]),
     )
     train_s, train_token_s = fit_learner(trace.steps, shared, costs.publish_s)
@@ -49,11 +49,6 @@ def fit_costs(config: RunConfig, trace: Trace, costs: Costs) -> Costs:
     return replace(
         costs, train_s=train_s, train_token_s=train_token_s, step_s=speed.step_s, sequence_s=speed.sequence_s
     )
-
-
-def _scoring_s(row: Mapping[str, float]) -> float:
-    """Of a completion, all parts of its reward one after the other."""
-    return sum(value for name, value in row.items() if name.startswith("scoring/") and name.endswith("_s"))
 
 
 def fit_learner(steps: Sequence[LearnerStep], shared: Contention, publish_s: float) -> tuple[float, float]:

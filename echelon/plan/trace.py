@@ -21,7 +21,9 @@ COLUMNS = ("prompt_ids", "lengths", "rewards")
 
 @dataclass(frozen=True)
 class LeasedGroup:
-    """start, end: of the lease, seconds since the epoch. predicted: tokens of a completion."""
+    """start, end: of the lease, seconds since the epoch. predicted: tokens of a completion. score_s: of scoring; 0 where
+    an earlier version wrote the journal.
+    """
 
     worker: str
     start: float
@@ -29,6 +31,7 @@ class LeasedGroup:
     predicted: int
     prompt: tuple[int, ...]
     group: RecordedGroup
+    score_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class _Fold:
             group = RecordedGroup(len(prompt), lengths, rewards)
             predicted, prompt_ids = lease.predicted_tokens, tuple(prompt.tolist())
             self._trace.groups.append(
-                LeasedGroup(lease.worker, lease.time_s, record.time_s, predicted, prompt_ids, group)
+                LeasedGroup(lease.worker, lease.time_s, record.time_s, predicted, prompt_ids, group, record.score_s)
             )
 
     def stepped(self, record: StepTaken, cut: BatchCut) -> None:
