@@ -16,13 +16,14 @@ from echelon.run_folder import RunFolder
 MIN_STEPS = 3
 """The first is slower than any other, and of two nobody could say which is the odd one."""
 
-COLUMNS = ("prompt_ids", "lengths", "rewards")
+COLUMNS = frozenset({"prompt_ids", "lengths", "rewards"})
 
 
 @dataclass(frozen=True)
 class LeasedGroup:
-    """start, end: of the lease, seconds since the epoch. predicted: tokens of a completion. score_s: of scoring; 0 where
-    an earlier version wrote the journal.
+    """start, end: of the lease, seconds since the epoch. predicted: tokens of a completion.
+
+    score_s: of scoring; 0 where an earlier version wrote the journal.
     """
 
     worker: str
@@ -108,8 +109,8 @@ class _Fold:
         self._trace = Trace()
 
     def completed(self, record: GroupCompleted, frames: Sequence[Frame]) -> None:
-        arrays = decode_columns(record.columns, frames)
-        prompt, lengths, rewards = (arrays[name].copy() for name in COLUMNS)
+        arrays = decode_columns(record.columns, frames, only=COLUMNS)
+        prompt, lengths, rewards = (arrays[name].copy() for name in ("prompt_ids", "lengths", "rewards"))
         self._tokens[record.group_id] = int(lengths.sum())
         lease = self.leases.pop(record.group_id, None)
         if lease is not None:

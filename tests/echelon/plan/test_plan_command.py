@@ -99,7 +99,7 @@ def test_a_folder_without_steps_is_refused(recipe: Path, tmp_path: Path, capsys:
     (tmp_path / "run.json").write_text('{"run_id": "r", "recipe": "some_recipe"}')
     assert main(["plan", str(recipe), str(tmp_path)]) == BAD_INPUT
     assert capsys.readouterr().err == (f"echelon: {tmp_path} has 0 steps in metrics.jsonl: a plan needs at least 3\n")
-    rows = [{"step": step, "learner/step_s": 1.0, "ledger/trained_groups": 4} for step in range(4)]
+    rows = [{"step": step, "loss/policy": 0.0} for step in range(4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["plan", str(recipe), str(tmp_path)]) == BAD_INPUT
     assert "has no journal of a whole step with times" in capsys.readouterr().err
