@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-import time
 from array import array
 from collections.abc import Mapping
 
@@ -100,7 +99,7 @@ class StepDesk:
             return
         state.batch = state.queue.cut(state.requested, self._settle_stale)
         if state.batch is not None:
-            state.batch_cut = time.monotonic()
+            state.batch_cut = state.clock()
             state.touch()
             state.chronicle.cut(state.batch)
             self._send_ahead(learner, state.batch)

@@ -6,7 +6,6 @@ It keeps nothing that cannot be lost: what it holds when it dies is leased again
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple, Protocol
@@ -35,6 +34,7 @@ from databus.messages import (
     Welcome,
 )
 from rollout.config import UpdateConfig
+from rollout.credit import credit_groups
 from rollout.delay import Delay, Postponable
 from rollout.lease_work import LeaseWork, Outcome
 from rollout.leaving import Durations, nearly_done
@@ -287,12 +287,6 @@ class Worker:
         if isinstance(message, VersionApplied):
             self._version = message.version
         self._bus.send(message)
-
-
-def credit_groups(max_sequences: int, group_size: int, ahead: float) -> int:
-    """How many groups a worker holds at once."""
-    room = max(1, max_sequences // group_size)
-    return room + math.ceil(ahead * room)
 
 
 async def _wait_while(waiting: Callable[[], bool], timeout_s: float) -> None:

@@ -98,6 +98,10 @@ def test_audit_loads_nothing_heavy() -> None:
     assert not loaded_after("import echelon.commands.audit, echelon.commands.replay") & HEAVY
 
 
+def test_plan_loads_nothing_heavy() -> None:
+    assert not loaded_after("import echelon.commands.plan") & HEAVY
+
+
 def test_help_loads_nothing_but_argparse() -> None:
     code = "from echelon.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
     loaded = loaded_after(code)
