@@ -126,7 +126,7 @@ class Busy:
             if time.perf_counter() < until:
                 self.tokens += len(completion.token_ids)
 
-    async def cell(self, policy: str, tensors: int, seconds: float, every_s: float) -> tuple[float, list[UpdateReport]]:
+    async def cell(self, policy: Any, tensors: int, seconds: float, every_s: float) -> tuple[float, list[UpdateReport]]:
         """(tokens/s, what the updates cost). Args: tensors: that change with each version; 0: all."""
         update = UpdateConfig() if policy == "none" else UpdateConfig(kv=policy)
         self.engine._config = msgspec.structs.replace(CONFIG, update=update)

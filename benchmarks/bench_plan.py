@@ -179,7 +179,7 @@ def _inside(spans: Any, window: Array) -> float:
     return float(np.diff(spans.until(window))[0])
 
 
-def predicted(folder: Path, cell: tuple[int, int], cores: dict[str, float]) -> dict[str, float]:
+def predicted(folder: Path, cell: tuple[int, int], cores: dict[str, float]) -> dict[str, Any]:
     """Of a run of as many steps as the measured one, between the same steps."""
     config = RunFolder(folder / name_of(cell)).config()
     assumed: dict[str, int | float] = {}

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from common import Bar, hardware, write_result
@@ -49,7 +50,7 @@ SNIPPETS = {
 }
 ENDLESS = "so it is $\\boxed{9^{9^{9^{9}}}}$"
 PROMPTS, CONCURRENT = 96, 64
-MODEL = {
+MODEL: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": 128,
     "intermediate_size": 384,

@@ -1,5 +1,6 @@
 """`echelon run --on ray`: workers and learner as actors of a Ray cluster that this machine is a node of."""
 
+import logging
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 from collections.abc import Sequence
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -75,8 +77,8 @@ def connect(address: str) -> None:
     if address not in ("auto", "local"):
         _check_head(address)
     try:
-        ray.init(address=address, namespace="echelon", log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        ray.init(address=address, namespace="echelon", log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ValueError(
             f"ray.address is {address}, and no Ray cluster is there: {message_of(error)[:200]}; `ray start` on this "
             "machine makes it a node of one, ray.address=local starts one here"

@@ -90,7 +90,7 @@ class WeightLoading:
         loaded = {id(parameter) for layer in layers for parameter in layer._parameters.values()}
         layer: Any
         for layer in self._model.modules():
-            weight = getattr(layer, "weight", None)
+            weight: Any = getattr(layer, "weight", None)
             if id(weight) in loaded and hasattr(layer, "cpu_linear") and weight.ndim == 2 and weight.numel():
                 layer.quant_method.process_weights_after_loading(layer)
         for layer in layers:

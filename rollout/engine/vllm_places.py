@@ -114,7 +114,7 @@ class Copies(TorchDispatchMode):
                     layer=self._layer,
                     parameter=parameter,
                     shape=tuple(tensor.shape),
-                    target=Region(tuple(target.shape), target.stride(), target.storage_offset()),
+                    target=Region(tuple(target.shape), target.stride(), int(target.storage_offset())),
                 )
                 self._places.pieces[name].append(piece)
 
