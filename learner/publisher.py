@@ -140,8 +140,8 @@ class DeltaPublisher:
     def _publish_first(self, version: int, probe: Probe | None) -> None:
         began = time.perf_counter()
         snapshot = self._snapshotter.take(version, probe)
+        self._shards.copy()  # on all ranks: some parameters are gathered
         if snapshot is None or snapshot.data is None:
-            self._shards.copy()
             self._old = self._shards.bits.copy()
             return
         self._put_out(snapshot, began)
