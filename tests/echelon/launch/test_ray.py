@@ -104,6 +104,7 @@ def cluster() -> Iterator[LocalCluster]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_prestart_worker_first_driver", "0")  # a process for each CPU, for which the driver waits
         patch.setenv("RAY_worker_register_timeout_seconds", "600")  # 60, which a busy machine needs to import Ray
+        patch.setenv("RAY_worker_niceness", "0")  # 15, which gets them nothing of a machine that has other work
         patch.setenv("RAY_TMPDIR", str(temporary))
         patch.setenv("TMPDIR", str(private))
         patch.setattr(Node, "start_raylet", start_with_port)
