@@ -31,6 +31,9 @@ class NoSink:
     def write(self, row: Mapping[str, float]) -> None:
         pass
 
+    def rows_from(self, first: int) -> Sequence[str]:
+        return ()
+
     def samples(self, step: int, groups: Sequence[SampledGroup]) -> None:
         pass
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from databus.chronicle import Chronicle
+from databus.chronicle import Chronicle, Listener
 from databus.codec import Frame, MalformedMessage
 from databus.config import BrokerConfig
 from databus.gate_desk import GateDesk
@@ -32,6 +32,7 @@ from databus.messages import (
     Refused,
     Released,
     Role,
+    Rows,
     Status,
     StatusRequest,
     StepDone,
@@ -85,11 +86,13 @@ class Broker:
         past: Iterable[JournalEntry] = (),
         first_row: int = 0,
         accuracies: Mapping[int, float] | None = None,
+        listener: Listener | None = None,
     ) -> None:
         """Binds the socket, and goes on where an earlier broker of the run has stopped.
 
         Args: keys: None for plain text. journal: None writes nothing down. past: what is in it already. first_row: of
-            the steps whose rows the sink does not have. accuracies: of the versions whose evaluations it has.
+            the steps whose rows the sink does not have. accuracies: of the versions whose evaluations it has. listener:
+            told of what happens from here on, not of the past.
 
         Raises: ValueError, one line, where it cannot listen on `config.address`.
         """
@@ -99,10 +102,11 @@ class Broker:
         self._refusal_logged = -1.0
         self._next_tick = 0.0
         self._config = config
+        self._sink = sink
         outbox = Outbox(self._socket)
         self._commit = GroupCommit(journal, outbox)
         self._state = new_state(
-            config, prompts, evals, filters, outbox, position, Chronicle(), scheduler, placement, accuracies
+            config, prompts, evals, filters, outbox, position, Chronicle(listener), scheduler, placement, accuracies
         )
         self._leases = LeaseDesk(self._state, recorder)
         self._staffing = Staffing(self._state)
@@ -225,8 +229,11 @@ class Broker:
                 self._retention.save(step)
                 self._steps.position(peer, step, self._retention.position(step))
                 self._retention.drop_before(min(oldest, self._steps.rows_written))
-            case StatusRequest():
+            case StatusRequest(rows_from=first):
                 self._socket.send(peer.name, self._status())
+                rows = self._sink.rows_from(first) if first >= 0 else ()
+                if rows:
+                    self._socket.send(peer.name, Rows(first=first, rows=tuple(rows)))
 
     # ------------------------------------------------------------ peers
 
@@ -320,6 +327,8 @@ class Broker:
             learner_silent_s=0.0 if learner is None else now - learner.heard,
             disk_full=self._commit.disk_full,
             refusal=state.refusal,
+            batch_groups=self._config.batch_groups,
+            oldest_lease_s=state.leases.oldest_s(now),
         )
 
     def _say_stop(self, stop: Stop) -> None:

@@ -1,7 +1,7 @@
 """What the broker writes down: everything that changes the ledger becomes a record."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from databus.batches import CutBatch
 from databus.codec import Frame
@@ -20,11 +20,15 @@ from databus.records import (
     StepTaken,
 )
 
+Listener = Callable[[Record], None]
+"""Hears of every record as it is made, which is before it is durable; it must not raise, nor take long."""
+
 
 class Chronicle:
-    """Records of what happens, in their order; nothing where there is no journal."""
+    """Records of what happens, in their order, for the journal and for a listener, if there are any."""
 
-    def __init__(self) -> None:
+    def __init__(self, listener: Listener | None = None) -> None:
+        self._listener = listener
         self._journal: Journal | None = None
 
     def write_to(self, journal: Journal | None) -> None:
@@ -66,8 +70,11 @@ class Chronicle:
             columns=message.columns,
             reward_names=message.reward_names,
             time_s=time.time(),
+            generate_s=message.generate_s,
+            score_s=message.score_s,
         )
-        return -1 if self._journal is None else self._journal.append(record, frames).pack()
+        place = self._write(record, frames)
+        return -1 if place is None else place.pack()
 
     def read(self, place: int) -> JournalEntry:
         """What `completed` wrote, once it is durable. Raises: JournalDamaged."""
@@ -89,6 +96,7 @@ class Chronicle:
     def stepped(self, message: StepDone) -> None:
         self._write(StepTaken(step=message.step, metrics=message.metrics, time_s=time.time()))
 
-    def _write(self, record: Record) -> None:
-        if self._journal is not None:
-            self._journal.append(record)
+    def _write(self, record: Record, frames: Sequence[Frame] = ()) -> Place | None:
+        if self._listener is not None:
+            self._listener(record)
+        return None if self._journal is None else self._journal.append(record, frames)

@@ -57,6 +57,10 @@ class Leases:
     def sent_before(self, time: float) -> list[Held]:
         return [held for held in self._held.values() if held.sent < time]
 
+    def oldest_s(self, now: float) -> float:
+        """How long the oldest has been out; 0 where there is none."""
+        return max((now - held.sent for held in self._held.values()), default=0.0)
+
     def overdue(self, now: float) -> list[Held]:
         return [held for held in self._held.values() if held.deadline <= now]
 

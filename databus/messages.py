@@ -202,7 +202,10 @@ class PositionRequest(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StatusRequest(Struct, frozen=True, kw_only=True, tag=True):
-    """Observer (supervisor, `echelon watch`) -> broker."""
+    """Observer (supervisor, `echelon watch`) -> broker; answered by `Status`. rows_from: and by `Rows` from that number
+    on, if there are any; below 0 by none."""
+
+    rows_from: int = -1
 
 
 # ---------------------------------------------------------------- broker -> any peer
@@ -389,6 +392,7 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     broker has told to leave, and why, until they are back. `training_s`: how long the learner has had the batch that
     it has, 0 where it has none; `requested`: it waits for one; `learner_silent_s`: since it was heard. `disk_full`:
     why nothing is being acknowledged or handed out. `refusal`: the newest version that an engine refused, and why.
+    `batch_groups`: of which a batch is made; `oldest_lease_s`: how long the oldest lease has been out.
     """
 
     phase: str
@@ -408,6 +412,15 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     learner_silent_s: float = 0.0
     disk_full: str = ""
     refusal: str = ""
+    batch_groups: int = 0
+    oldest_lease_s: float = 0.0
+
+
+class Rows(Struct, frozen=True, kw_only=True, tag=True):
+    """Broker -> observer: rows of metrics as lines of JSON, counted from 0; more may follow if it asks again."""
+
+    first: int
+    rows: tuple[str, ...]
 
 
 # ---------------------------------------------------------------- worker <-> weight server of the learner
@@ -502,7 +515,7 @@ ToBroker = PeerHello | FromWorker | FromLearner | StatusRequest
 ToAnyPeer = Welcome | Refused | HeartbeatReply | Stop
 ToWorker = ToAnyPeer | OneToWorker | Several
 ToLearner = ToAnyPeer | BatchFrames | Batch | Position
-ToObserver = ToAnyPeer | Status
+ToObserver = ToAnyPeer | Status | Rows
 
 ToWeightServer = ManifestRequest | ChunkRequest
 FromWeightServer = Manifest | Chunk | VersionGone

@@ -47,3 +47,7 @@ class MetricsSink(Protocol):
     def samples(self, step: int, groups: Sequence[SampledGroup]) -> None:
         """Take a few groups of the batch that step `step` trained."""
         ...
+
+    def rows_from(self, first: int) -> Sequence[str]:
+        """Rows from number `first` on, as lines of JSON, of which there may be more than are returned."""
+        ...

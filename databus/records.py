@@ -44,6 +44,7 @@ class GroupCompleted(Struct, frozen=True, kw_only=True, tag=True):
     """A group was taken in. Its columns, as of `databus.groups.encode_group`, are the record's frames.
 
     copied: the group came in earlier and waits still; it is here again so that earlier segments can be dropped.
+    generate_s, score_s: as its worker measured them; 0 in copies, and where an earlier version wrote the record.
     """
 
     group_id: str
@@ -52,6 +53,8 @@ class GroupCompleted(Struct, frozen=True, kw_only=True, tag=True):
     reward_names: tuple[str, ...] = ()
     copied: bool = False
     time_s: float = 0.0
+    generate_s: float = 0.0
+    score_s: float = 0.0
 
 
 class GroupMoved(Struct, frozen=True, kw_only=True, tag=True):

@@ -97,7 +97,8 @@ def _add_worker(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _add_watch(commands: "argparse._SubParsersAction[Parser]") -> None:
     watch = commands.add_parser("watch", help="show the live view of a run")
-    watch.add_argument("run_dir", metavar="RUN_DIR")
+    watch.add_argument("run", metavar="RUN_DIR_OR_ADDRESS", help="the run's folder, or its bus address")
+    watch.add_argument("--keys", metavar="DIR", help="the run's keys, where it is an address on tcp")
 
 
 def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:

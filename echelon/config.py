@@ -57,6 +57,18 @@ class WandbConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     samples_every: NonNegativeInt = 10
 
 
+class TracesConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """OpenTelemetry spans of groups, from lease to loss.
+
+    endpoint: of a collector that takes OTLP over HTTP, as "http://localhost:4318/v1/traces"; "": no traces. Headers and
+        certificates are OpenTelemetry's own variables, as OTEL_EXPORTER_OTLP_HEADERS.
+    share: of the groups that are traced.
+    """
+
+    endpoint: Annotated[str, Meta(pattern=r"^(https?://\S+)?$")] = ""
+    share: Annotated[float, Meta(gt=0, le=1)] = 1.0
+
+
 class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A run.
 
@@ -88,3 +100,4 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     bus: BusConfig = BusConfig()
     journal: JournalConfig = JournalConfig()
     wandb: WandbConfig = WandbConfig()
+    traces: TracesConfig = TracesConfig()

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -39,6 +39,38 @@ def cut_torn_row(path: Path) -> None:
     if path.exists():
         with path.open("r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
+
+
+class NumberedRows:
+    """Rows of a growing file of JSON lines by their number, without keeping them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offsets = [0]
+        """Where each row begins, and where the next one will."""
+
+    def read(self, first: int, most: int) -> list[str]:
+        """At most so many complete rows from number `first` on."""
+        try:
+            with self._path.open("rb") as file:
+                self._look(file)
+                last = min(first + most, len(self._offsets) - 1)
+                if first >= last:
+                    return []
+                file.seek(self._offsets[first])
+                content = file.read(self._offsets[last] - self._offsets[first])
+        except FileNotFoundError:
+            return []
+        return content.decode().splitlines()
+
+    def _look(self, file: BinaryIO) -> None:
+        """For rows that have been written since."""
+        if os.fstat(file.fileno()).st_size < self._offsets[-1]:  # a resumed run has cut it
+            del self._offsets[1:]
+        file.seek(self._offsets[-1])
+        for line in file:
+            if line.endswith(b"\n"):
+                self._offsets.append(self._offsets[-1] + len(line))
 
 
 class RowFollower:

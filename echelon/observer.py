@@ -1,13 +1,16 @@
-"""Asks the broker how the run stands."""
+"""Asks the broker how the run stands, and for its rows of metrics where the run's folder is not at hand."""
 
 import contextlib
 import os
 import socket
 import time
 
+import msgspec
+
 from databus.client import BusClient
 from databus.errors import BusError
-from databus.messages import Hello, Status, StatusRequest
+from databus.messages import Hello, Rows, Status, StatusRequest
+from echelon.progress import Row
 from echelon.run_folder import BusRecord
 
 ASK_EVERY_S = 0.5
@@ -17,8 +20,8 @@ CONNECT_S = 10.0
 class Observer:
     """Never waits, and never fails: a broker that does not answer is one that says nothing."""
 
-    def __init__(self, bus: BusRecord) -> None:
-        """Connects, which may take a moment."""
+    def __init__(self, bus: BusRecord, with_rows: bool = False) -> None:
+        """Connects, which may take a moment. Args: with_rows: ask for rows, too, from the run's first on."""
         hello = Hello(
             role="observer",
             name=f"observer-{socket.gethostname()}-{os.getpid()}",
@@ -28,6 +31,8 @@ class Observer:
         )
         self._client = BusClient(bus.address, hello, keys=bus.client_keys("observer"))
         self._asked = 0.0
+        self._next_row = 0 if with_rows else -1
+        self._rows: list[Row] = []
         self.lost = False
         try:
             self._client.connect(CONNECT_S)
@@ -39,13 +44,30 @@ class Observer:
         status: Status | None = None
         try:
             while not self.lost and (arrived := self._client.recv(0)) is not None:
-                status = arrived.message if isinstance(arrived.message, Status) else status
+                match arrived.message:
+                    case Status() as newest:
+                        status = newest
+                    case Rows(first=self._next_row, rows=rows):
+                        self._take(rows)
             if not self.lost and time.monotonic() - self._asked >= ASK_EVERY_S:
-                self._asked = time.monotonic()
-                self._client.send(StatusRequest())
+                self._ask()
         except BusError:
             self.lost = True
         return status
+
+    def new_rows(self) -> list[Row]:
+        """Rows that `poll` has brought since the last call, each once, in their order."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def _take(self, rows: tuple[str, ...]) -> None:
+        self._rows += [msgspec.json.decode(row, type=dict) for row in rows]
+        self._next_row += len(rows)
+        self._ask()  # there may be more
+
+    def _ask(self) -> None:
+        self._asked = time.monotonic()
+        self._client.send(StatusRequest(rows_from=self._next_row))
 
     def close(self) -> None:
         if not self.lost:

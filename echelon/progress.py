@@ -2,34 +2,40 @@
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from databus.messages import Status
 from echelon.metrics import EVALUATION, TRAINED
+from echelon.report.advice import Figures, advise
 
 RECENT_ROWS = 10
+ADVISE_EVERY_S = 10.0
 
 Row = dict[str, Any]
 
 
 @dataclass
 class Progress:
-    """Everything a view needs. `first_step` is where a resumed run went on; `started` is of `time.monotonic`."""
+    """Everything a view needs. `first_step` is where a resumed run went on; `started` is of `time.monotonic`.
+    `settings`: by dotted name; `advice`: what they and the rows give, the weightiest first."""
 
     recipe: str
     run_dir: str
     steps: int
     max_staleness: int
     first_step: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
     phase: str = "starting"
     phase_started: float = field(default_factory=time.monotonic)
     started: float = field(default_factory=time.monotonic)
     status: Status | None = None
     rows: list[Row] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    _advised: float = -ADVISE_EVERY_S
 
     def enter(self, phase: str) -> bool:
         """Begin a phase; False where it is the present one."""
@@ -44,6 +50,9 @@ class Progress:
                 self.evaluations.append((row["step"], row[EVALUATION]))
             if TRAINED in row:
                 self.rows.append(row)
+        if time.monotonic() - self._advised >= ADVISE_EVERY_S:
+            self._advised = time.monotonic()
+            self.advice = [found.text for found in advise(Figures(self.rows, self.settings))]
 
     @property
     def steps_done(self) -> int:

@@ -1,7 +1,10 @@
 """The live view of a run on a terminal, and plain lines where there is none."""
 
+import statistics
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from databus.messages import WorkerStatus
+from databus.messages import Status, WorkerStatus
 from echelon.metrics import EVALUATION
 from echelon.progress import Progress, Row
 from echelon.summary import duration, number, summary_table
@@ -19,7 +22,10 @@ from echelon.summary import duration, number, summary_table
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 40
 MAX_LINE = 1000
-REFRESH_S = 0.25
+MAX_NAMED = 4
+MAX_ADVICE = 2
+REFRESH_S = 0.5
+LABEL_WIDTH = len("next batch")
 
 
 class PlainView:
@@ -120,8 +126,8 @@ def step_line(progress: Progress, row: Row) -> str:
 def panel(progress: Progress) -> Panel:
     """The whole view."""
     facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
+    facts.add_column(style="dim", no_wrap=True, min_width=LABEL_WIDTH)
+    facts.add_column(ratio=1)
     for label, text in _facts(progress):
         facts.add_row(label, text)
     title = Text.assemble((progress.recipe, "bold"), "  ", (progress.run_dir, "dim"))
@@ -168,31 +174,81 @@ def _training(progress: Progress) -> list[tuple[str, str]]:
     lag, wait = progress.lag(), progress.wait_share()
     assert rollout is not None and learner is not None and lag is not None
     waits = f"waits {wait:.0%} of its time" if wait is not None else ""
-    return [
+    facts = [
         ("reward", f"[bold]{rewards[-1]:.3f}[/] {sparkline(rewards[-SPARK_STEPS:])}"),
         ("lag", f"at most {lag[0]}, mean {lag[1]:.2f} [dim]bound {progress.max_staleness}[/]"),
-        ("rollout", f"{number(rollout)} tok/s"),
+        ("rollout", f"{number(rollout)} tok/s{_drafting(progress)}"),
         ("learner", f"{number(learner)} tok/s, {waits}"),
     ]
+    return facts + [("advice", escape(text)) for text in progress.advice[:MAX_ADVICE]]
+
+
+def _drafting(progress: Progress) -> str:
+    acceptance, accepted = progress.recent("draft/acceptance"), progress.recent("draft/accepted_per_round")
+    if not acceptance or not accepted:
+        return ""
+    return f", drafts: {accepted:.2f} accepted a round, {acceptance:.0%} of those drafted"
 
 
 def _roles(progress: Progress) -> list[tuple[str, str]]:
     status = progress.status
     assert status is not None
     counts = "  ".join(f"{name} {status.counts.get(name, 0)}" for name in ("trained", "stale", "filtered", "failed"))
-    workers = ", ".join(map(_worker, status.workers)) or "no worker yet"
     learner = f"learner v{status.version}" if status.learner_ready else "no learner yet"
     return [
-        ("versions", f"{learner}, {workers}"),
+        ("now", _now(status)),
+        ("next batch", _next_batch(status)),
+        ("versions", f"{learner}, {_workers(status.workers)}"),
+        ("speed", _speed(status.workers)),
         ("groups", f"{counts}  [dim]queued {status.queued_groups}, running {status.running_groups}[/]"),
+        *[("drained", f"[yellow]{escape(name)}: {escape(why)}[/]") for name, why in status.drained.items()],
         *([("gate", f"[yellow]{escape(status.refusal)}[/]")] if status.refusal else []),
         *([("disk", f"[red]nothing is acknowledged: {escape(status.disk_full)}[/]")] if status.disk_full else []),
     ]
 
 
+def _now(status: Status) -> str:
+    """Who waits for whom."""
+    if status.training_s > 0:
+        idle = sum(worker.running_sequences == 0 for worker in status.workers)
+        waiting = f", {idle} of {len(status.workers)} workers wait for it" if idle else ""
+        return f"the learner has had its batch for {duration(status.training_s)}{waiting}"
+    if status.requested:
+        return "the learner waits for a batch"
+    return f"the learner has been silent for {duration(status.learner_silent_s)}"
+
+
+def _next_batch(status: Status) -> str:
+    here = min(status.queued_groups, status.batch_groups)
+    text = f"{here} of {status.batch_groups} groups are in, {status.running_groups} running"
+    return text + (f", the oldest for {duration(status.oldest_lease_s)}" if status.running_groups else "")
+
+
+def _workers(workers: Sequence[WorkerStatus]) -> str:
+    """Each by name where they are few, else how many serve which version."""
+    if len(workers) <= MAX_NAMED:
+        return ", ".join(map(_worker, workers)) or "no worker yet"
+    versions = Counter(worker.version for worker in workers)
+    standings = Counter(worker.standing for worker in workers if worker.standing != "working")
+    parts = [f"{number} at v{version}" for version, number in sorted(versions.items(), reverse=True)]
+    return f"workers: {', '.join(parts + [f'{number} {name}' for name, number in standings.items()])}"
+
+
 def _worker(worker: WorkerStatus) -> str:
     standing = "" if worker.standing == "working" else f" ({worker.standing})"
     return f"{worker.name} v{worker.version}{standing}"
+
+
+def _speed(workers: Sequence[WorkerStatus]) -> str:
+    """Of the engines, and which is the slowest, where there are several."""
+    rates = [worker.tokens_per_s for worker in workers]
+    running = sum(worker.running_sequences for worker in workers)
+    text = f"{number(sum(rates))} tok/s now, {running} sequences run"
+    if len(workers) > 1:
+        slowest = min(workers, key=lambda worker: worker.tokens_per_s)
+        median = statistics.median(rates)
+        text += f"; slowest {slowest.name}, {number(slowest.tokens_per_s)} tok/s (median {number(median)})"
+    return text
 
 
 def sparkline(values: list[float]) -> str:

@@ -91,6 +91,20 @@ class LoraConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return f"learner.lora.rank={self.rank} alpha={self.alpha:g} target_modules={targets}"
 
 
+class ApolloConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """APOLLO's projection of gradients (arXiv:2412.05270).
+
+    rank: of the projection; a quarter of the model's width in the paper. update_every: steps after which another one
+    is drawn. scale_by, scale: the gradient is scaled as its projection is by Adam, each `channel` or the whole
+    `tensor`, times the root of `scale`; APOLLO-Mini is rank 1 by tensor, with a scale of 128.
+    """
+
+    rank: PositiveInt = 256
+    update_every: PositiveInt = 200
+    scale_by: Literal["channel", "tensor"] = "channel"
+    scale: PositiveFloat = 1.0
+
+
 class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The learner: `ranks` processes, FSDP2.
 
@@ -104,7 +118,8 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         package flash-attn.
     compile: decoder layers through torch.compile; some minutes at the start, and a C++ compiler.
     offload: masters, gradients and optimizer state in host memory; the optimizer steps there. Needs `cuda`.
-    optimizer: `adamw`; `muon`: Muon for the matrices of decoder layers and AdamW for the rest, with one rate.
+    optimizer: `adamw`; `muon` or `apollo` for the matrices of decoder layers and AdamW for the rest, with one rate.
+    apollo: what APOLLO keeps of gradients.
     lora: adapters that are trained in place of the model's own parameters.
     checkpoint_every: steps between checkpoints; 0: only the last. keep_checkpoints: newest ones kept.
     keep_best: older ones kept beside them, by their accuracy in evaluations.
@@ -130,7 +145,8 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     attention: Literal["sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
     compile: bool = False
     offload: bool = False
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "apollo"] = "adamw"
+    apollo: ApolloConfig = ApolloConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     lora: LoraConfig = LoraConfig()

@@ -10,23 +10,33 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from learner.apollo import ShardedApollo
+from learner.beside_adamw import BesideAdamW
 from learner.config import LearnerConfig
-from learner.muon import MuonWithAdamW
+from learner.muon import ShardedMuon
 
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: LearnerConfig, matrices: Iterable[nn.Parameter] = ()
 ) -> tuple[Optimizer, LambdaLR]:
-    """AdamW (arXiv:1711.05101), or Muon beside it, and a scheduler whose rate for step s is `lr · lr_factor(s)`.
+    """AdamW (arXiv:1711.05101), or Muon or APOLLO beside it, and a scheduler whose rate for step s is
+    `lr · lr_factor(s)`.
 
-    Args: parameters: all of them; frozen ones are left alone. matrices: those that `muon` is for, if it is chosen.
+    Args: parameters: all of them; frozen ones are left alone. matrices: those that `muon` and `apollo` are for.
+    Raises: ValueError if one of these is chosen and there is no matrix, or no library.
     """
     parameters, matrices = ([each for each in given if each.requires_grad] for given in (parameters, matrices))
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
-    if config.optimizer == "muon":
-        optimizer: Optimizer = MuonWithAdamW(parameters, matrices, **settings)
-    else:
-        optimizer = AdamW(parameters, **settings)
+    match config.optimizer:
+        case "adamw":
+            optimizer: Optimizer = AdamW(parameters, **settings)
+        case "muon":
+            decay = config.weight_decay
+            muon = ShardedMuon(matrices, lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            optimizer = BesideAdamW(muon, parameters, **settings)
+        case "apollo":
+            apollo = ShardedApollo(matrices, config=config.apollo, **settings)
+            optimizer = BesideAdamW(apollo, parameters, **settings)
     return optimizer, LambdaLR(optimizer, lambda step: lr_factor(step, config))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 
 from databus.journal import segments
-from echelon.config import RunConfig
 from echelon.failures import RunFailed
 from echelon.files import keep_rows_before
 from echelon.interrupts import Interrupted
@@ -57,6 +56,7 @@ def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, reco
         steps=config.learner.steps,
         max_staleness=config.max_staleness,
         first_step=first_step,
+        settings=flatten(msgspec.to_builtins(config)),
     )
     view = make_view()
     view.note(f"run folder {_short(folder.path)}" + (f", from step {first_step}" if args.resume else ""))
@@ -64,7 +64,7 @@ def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, reco
     try:
         with shared_memory(record.run_id, config.learner.memory_copy_every > 0) as memory_dir:
             code = Supervisor(config, folder, package_root(), progress, view, wandb, memory_dir).run()
-        for line in advice_lines(progress, config):
+        for line in advice_lines(progress):
             view.note(line)
         return code
     except Interrupted as interrupted:
@@ -76,9 +76,9 @@ def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, reco
         raise
 
 
-def advice_lines(progress: Progress, config: RunConfig) -> list[str]:
+def advice_lines(progress: Progress) -> list[str]:
     """The weightiest advice; `echelon report` has all of it."""
-    found = advise(Figures(progress.rows, flatten(msgspec.to_builtins(config))))
+    found = advise(Figures(progress.rows, progress.settings))
     return [f"advice: {advice.text}" for advice in found[:MAX_ADVICE]]
 
 

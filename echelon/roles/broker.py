@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,9 +18,9 @@ from databus.keys import server_keys
 from databus.messages import Position
 from databus.process import collect_garbage_seldom
 from databus.prompts import Prompt, SampledGroup
-from echelon.config import RunConfig
+from echelon.config import RunConfig, TracesConfig
 from echelon.errors import SIGTERM_CODE, role_main
-from echelon.files import read_rows, write_atomically
+from echelon.files import NumberedRows, read_rows, write_atomically
 from echelon.metrics import RowWriter, sample_rows
 from echelon.prompt_files import PromptFile, ScheduledPrompts
 from echelon.rollout_record import RolloutWriter
@@ -30,9 +31,14 @@ from rollout.scheduling.filters import ZeroVarianceFilter
 from rollout.scheduling.placement import LeastRemaining
 from rollout.scheduling.scheduler import DifficultyScheduler
 
+if TYPE_CHECKING:
+    from echelon.traces import GroupTracer
+
 logger = logging.getLogger(__name__)
 
 ROLE = "broker"
+ROWS_AT_ONCE = 200
+"""For an observer: half a megabyte at most, and a millisecond of the broker's."""
 
 
 class Terminated(Exception):
@@ -45,6 +51,7 @@ class FileSink:
     def __init__(self, folder: RunFolder) -> None:
         self._rows = RowWriter(folder.metrics_file)
         self._samples = RowWriter(folder.samples_file)
+        self._written = NumberedRows(folder.metrics_file)
 
     def write(self, row: Mapping[str, float]) -> None:
         self._rows.write(row)
@@ -52,6 +59,9 @@ class FileSink:
     def samples(self, step: int, groups: Sequence[SampledGroup]) -> None:
         for row in sample_rows(step, groups):
             self._samples.write(row)
+
+    def rows_from(self, first: int) -> Sequence[str]:
+        return self._written.read(first, ROWS_AT_ONCE)
 
 
 def serve(folder: RunFolder) -> None:
@@ -67,6 +77,7 @@ def serve(folder: RunFolder) -> None:
     scheduler = make_scheduler(config, prompts, position)
     keys = folder.keys(config.bus)
     rows = read_rows(folder.metrics_file)
+    tracer = make_tracer(config.traces, folder.record().run_id)
     broker = Broker(
         broker_config(folder, start_step),
         ScheduledPrompts(prompts, scheduler.problem_of),
@@ -82,6 +93,7 @@ def serve(folder: RunFolder) -> None:
         past=read_journal(folder.journal),
         first_row=len(rows),
         accuracies={row["step"]: row[ACCURACY] for row in rows if ACCURACY in row},
+        listener=tracer,
     )
     address = reachable(broker.address)
     record = BusRecord(address=address, run_id=folder.record().run_id, keys="" if keys is None else str(keys))
@@ -93,6 +105,18 @@ def serve(folder: RunFolder) -> None:
         broker.run()
     except Terminated:
         sys.exit(SIGTERM_CODE)
+    finally:
+        if tracer is not None:
+            tracer.close()
+
+
+def make_tracer(config: TracesConfig, run_id: str) -> "GroupTracer | None":
+    """None where there are to be no traces, which then cost nothing."""
+    if not config.endpoint:
+        return None
+    from echelon.traces import GroupTracer, otlp_exporter
+
+    return GroupTracer(otlp_exporter(config.endpoint), config.share, run_id)
 
 
 def where_to_start(folder: RunFolder) -> tuple[int, Position | None]:

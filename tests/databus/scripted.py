@@ -97,6 +97,9 @@ class Sink:
     def write(self, row: Mapping[str, float]) -> None:
         self.rows.append(dict(row))
 
+    def rows_from(self, first: int) -> Sequence[str]:
+        return ()
+
     def samples(self, step: int, groups: Sequence[SampledGroup]) -> None:
         self.sampled.append((step, groups))
 

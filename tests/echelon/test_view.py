@@ -71,6 +71,63 @@ def test_panel_shows_the_run() -> None:
     assert "trained 40  stale 1  filtered 0  failed 0  queued 6, running 5" in text
 
 
+def with_status(**changes: Any) -> str:
+    progress = make_progress(5)
+    assert progress.status is not None
+    progress.status = msgspec.structs.replace(progress.status, **changes)
+    return render(panel(progress))
+
+
+def make_workers(versions: list[int]) -> tuple[WorkerStatus, ...]:
+    return tuple(
+        WorkerStatus(
+            name=f"worker-{index}",
+            version=version,
+            leased_groups=1,
+            running_sequences=index,
+            tokens_per_s=100.0 * (index + 1),
+            silent_s=0.1,
+        )
+        for index, version in enumerate(versions)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"requested": True}, "the learner waits for a batch"),
+        ({"training_s": 3.0}, "the learner has had its batch for 3 s"),
+        ({"training_s": 3.0, "workers": make_workers([4, 4])}, "for 3 s, 1 of 2 workers wait for it"),
+        ({"learner_silent_s": 9.0}, "the learner has been silent for 9 s"),
+        ({"oldest_lease_s": 61.0}, "6 of 8 groups are in, 5 running, the oldest for 1:01"),
+        ({"queued_groups": 20, "running_groups": 0}, "8 of 8 groups are in, 0 running "),
+    ],
+)
+def test_panel_says_who_waits_for_whom(changes: dict[str, Any], words: str) -> None:
+    assert words in with_status(batch_groups=8, **changes)
+
+
+def test_panel_counts_many_workers_by_version_and_names_the_slowest() -> None:
+    text = with_status(workers=make_workers([4] * 47 + [3] * 3))
+    assert "workers: 47 at v4, 3 at v3" in text
+    assert "slowest worker-0, 100 tok/s (median 2,550)" in text
+
+
+def test_panel_shows_who_was_sent_away_and_what_to_do() -> None:
+    progress = make_progress(5)
+    progress.advice = ["The learner waits [40 %] of the time" + " and more" * 9]
+    assert progress.status is not None
+    progress.status = msgspec.structs.replace(progress.status, drained={"worker-3": "slow"})
+    text = render(panel(progress))
+    assert "worker-3: slow" in text and "The learner waits [40 %] of the time" in text
+    assert text.count("and more") == 9 and "next batch" in text  # nothing is cut off
+
+
+def test_panel_shows_what_drafting_gives() -> None:
+    text = render(panel(make_progress(5)))
+    assert "drafts: 1.00 accepted a round, 100% of those drafted" in text
+
+
 def test_panel_before_the_first_step() -> None:
     progress = Progress(recipe="r", run_dir="d", steps=10, max_staleness=2)
     progress.enter("starting vLLM")

@@ -11,7 +11,7 @@ from torch.optim import Muon
 from learner.checkpoint import load_checkpoint, state_tensors, write_checkpoint
 from learner.config import LearnerConfig
 from learner.model import ModelOptions, PolicyModel, build_model, hidden_matrices
-from learner.muon import MuonWithAdamW, ShardedMuon
+from learner.muon import ShardedMuon
 from learner.optimizer import build_optimizer, resume_schedule
 from learner.train_step import TrainStep
 
@@ -80,4 +80,4 @@ def test_resumed_run_goes_on_to_the_last_bit(single_rank: None, tiny_model: Path
 
 def test_what_has_no_matrix_is_refused() -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
-        MuonWithAdamW([nn.Parameter(torch.ones(2))], [], lr=1.0, betas=(0.9, 0.9), weight_decay=0.0)
+        build_optimizer([nn.Parameter(torch.ones(2))], CONFIG)

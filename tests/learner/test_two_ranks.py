@@ -100,6 +100,7 @@ FORMS = {
         "advantage.estimator=reinforce++",
     ),
     "muon": ("optimizer=muon", "lr=1e-3", "weight_decay=0.1"),
+    "apollo": ("optimizer=apollo", "apollo.rank=8", "apollo.update_every=2", "lr=1e-3", "weight_decay=0.1"),
     "lora": ("lora.rank=4", "loss.kl_coef=0.1", "lr=1e-2"),
     "reward": ("loss.kl_coef=0.1", "loss.kl_in=reward", "advantage.mask_truncated=true", "microbatch_tokens=30"),
 }

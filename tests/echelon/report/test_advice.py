@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from echelon.commands.run import MAX_ADVICE, advice_lines
 from echelon.config import DataConfig, RunConfig
 from echelon.progress import Progress
 from echelon.report.advice import MIN_STEPS, Figures, advise
+from echelon.settings import flatten
 
 NUM_STEPS = 60
 SETTINGS = {
@@ -162,5 +164,6 @@ def test_the_weightiest_come_first_and_a_run_ends_with_three_of_them() -> None:
     weights = [advice.weight for advice in advise(bad)]
     assert len(weights) == 4 and weights == sorted(weights, reverse=True)
     progress = Progress(recipe="r", run_dir="d", steps=NUM_STEPS, max_staleness=2, rows=list(bad.rows))  # type: ignore[arg-type]
-    lines = advice_lines(progress, RunConfig(model="none", data=DataConfig(train="none")))
+    progress.settings = flatten(msgspec.to_builtins(RunConfig(model="none", data=DataConfig(train="none"))))
+    lines = advice_lines(progress)
     assert len(lines) == MAX_ADVICE == 3 and lines[0].startswith("advice: The effective sample size is 0.10")
