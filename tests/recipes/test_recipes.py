@@ -100,7 +100,7 @@ def run_recipe(
     run_dir = folder / "run"
     words = [f"recipes/{name}.py", "--run-dir", str(run_dir), f"model={model}", *SMALL, *settings]
     command = [sys.executable, "-m", "echelon", "run", *words]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290)
     assert result.returncode == 0 and not result.stderr, result.stdout + result.stderr
     metrics, prompts = (
         [json.loads(line) for line in file.read_text().splitlines()]
@@ -152,36 +152,6 @@ def test_dapo_math_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path
     assert all(0 < row["reward/mean"] < 1 for row in metrics[:2])  # groups of equal rewards are left out
 
 
-def with_experts(tiny_model: Path, folder: Path) -> Path:
-    """The tiny model as a Qwen3-MoE: its tokenizer, and four experts of which a token takes two."""
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = json.loads((tiny_model / "config.json").read_text()) | {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "dtype": "float32",
-    }  # fmt: skip
-    model = shutil.copytree(tiny_model, folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Qwen3MoeForCausalLM(Qwen3MoeConfig(**config | {"model_type": "qwen3_moe"})).save_pretrained(model)
-    return model
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(420)
-def test_gspo_moe_runs_on_a_mixture_of_experts(tiny_model: Path, tmp_path: Path) -> None:
-    model = with_experts(tiny_model, tmp_path / "experts")
-    assert json.loads((model / "config.json").read_text())["model_type"] == "qwen3_moe"
-    settings = (
-        "rollout.engine=vllm", "rollout.enforce_eager=true", "rollout.workers=1", "group_size=8", "learner.ranks=1",
-        "learner.minibatches=2", "learner.lr=1e-2", "scheduling.drop_zero_variance=true",
-    )  # fmt: skip
-    metrics, prompts = run_recipe("gspo_moe", model, tmp_path, *settings, rows=dapo_rows())
-    assert prompts[3]["prompt"].endswith("What is 3 - 2?\n#")
-    # With a ratio over sequences, clip range 3e-4: the second minibatch of a step that moved them is clipped.
-    assert all(row["loss/clip_fraction"] > 0 for row in metrics[:2])
-
-
 @pytest.mark.slow
 def test_elastic_math_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> None:
     rows = [
@@ -206,9 +176,12 @@ def test_elastic_math_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: P
         ("it is \\boxed{1} </think>", 0.0),
     ],
 )
-def test_elastic_math_rewards_the_solution_alone(completion: str, reward: float) -> None:
+def test_elastic_math_rewards_the_solution_alone(
+    completion: str, reward: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rewards.sample import Sample
 
+    monkeypatch.setattr("rewards.math.STEP_TIMEOUT_S", 60)  # a busy machine needs more
     sample = Sample(prompt="", completion=completion, problem={"answer": "1"}, num_tokens=3, truncated=False)
     assert load_script("elastic_math").solution_reward(sample) == reward
 
