@@ -2,9 +2,11 @@
 
     python benchmarks/bench_rewards.py --json benchmarks/results/bench_rewards.json
 
-Sleeping reward: the worker's own path, `LeaseWork` over the small engine and a `RewardPool`, once with a reward that
-sleeps 5 s in 10 % of the cases and once with one that does not, in turns. A group's room is free once it is
-generated, as in the worker. Sandbox: a snippet in it, and the same as `python -I -S FILE`, in turns.
+Math: groups of 8 answers to one problem, half of them right, no two alike, in one process; beside them math-verify
+alone, which parses the reference each time. An endless expression: a group with one, and the same without, in a pool.
+Sandbox: a snippet in it, and the same as `python -I -S FILE`, in turns. Sleeping reward: the worker's own path,
+`LeaseWork` over the small engine and a `RewardPool`, once with a reward that sleeps 5 s in 10 % of the cases and once
+with one that does not, in turns. A group's room is free once it is generated, as in the worker.
 """
 
 import argparse
@@ -15,8 +17,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from common import Bar, hardware, write_result
+from math_answers import GROUP, KINDS, group
 
 from databus.messages import Lease, Sampling
 from rewards.config import RewardConfig, SandboxConfig
@@ -38,44 +43,69 @@ def sleepy(sample):
     if random.random() < 0.1: time.sleep(5.0)
     return 1.0
 """
-ANSWERS = (
-    ("so she has #### 42", "She has <<6*7=42>>42\n#### 42"),
-    ("Therefore the answer is $\\boxed{42}$.", "42"),
-    ("which gives \\boxed{\\frac{3}{4}}", "\\frac{3}{4}"),
-    ("The answer is 1,024.", "1024"),
-    ("Thus $x = \\boxed{-\\frac{5}{2}}$.", "-2.5"),
-)
-TEXT = "We look at the problem one step at a time. " * 40
 SNIPPETS = {
     "print": "print(1)",
     "work": "print(sum(i * i for i in range(300_000)))",
     "import": "import json, random\nprint(json.dumps([1]))",
 }
-GROUP, PROMPTS, CONCURRENT = 8, 96, 64
+ENDLESS = "so it is $\\boxed{9^{9^{9^{9}}}}$"
+PROMPTS, CONCURRENT = 96, 64
+MODEL: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+"""A random model: its answers end at `--tokens`, or by chance."""
 
 
-def math_per_s(repeats: int) -> dict[str, float]:
-    """Answers a second of CPU of one process, by kind of answer and over all."""
-    rates: dict[str, float] = {}
-    total = 0.0
-    for completion, answer in ANSWERS:
-        samples = [
-            Sample(
-                prompt="",
-                completion=TEXT + " " * n + completion,
-                problem={"answer": answer},
-                num_tokens=1,
-                truncated=False,
-            )
-            for n in range(repeats)
-        ]
-        assert math_reward(samples[0]) == 1.0, (completion, answer)
-        started = time.process_time()
-        for sample in samples:
-            math_reward(sample)
-        total += time.process_time() - started
-        rates[completion[:24]] = repeats / (time.process_time() - started)
-    return rates | {"all": len(ANSWERS) * repeats / total}
+def library(sample: Sample) -> float:
+    from math_verify import parse, verify
+
+    return float(verify(parse(f"${sample.problem['answer']}$"), parse(sample.completion)))
+
+
+def math_per_s(groups: int) -> dict[str, dict[str, float]]:
+    """Answers a second of CPU of one process, by kind of answer and over all: ours, and math-verify's alone."""
+    rates: dict[str, dict[str, float]] = {"ours": {}, "math-verify alone": {}}
+    totals = dict.fromkeys(rates, 0.0)
+    for kind in KINDS:
+        for name, score in (("ours", math_reward), ("math-verify alone", library)):
+            score(group(kind, 7)[0][0])
+            samples = [each for number in range(groups) for each in group(kind, 11 + number)]
+            started = time.process_time()
+            right = [score(sample) == float(is_right) for sample, is_right in samples]
+            spent = time.process_time() - started
+            assert all(right) or name != "ours", kind
+            totals[name] += spent
+            rates[name][kind] = len(samples) / spent
+    for name, spent in totals.items():
+        rates[name]["all"] = len(KINDS) * groups * GROUP / spent
+    return rates
+
+
+async def endless_expression(folder: Path) -> dict[str, float]:
+    """Seconds that a group takes whose answers are all short, and one of whose never ends; both in one process."""
+    pool = RewardPool(RewardConfig(function="math", processes=1, timeout_s=20.0), folder)
+    samples = [sample for sample, _ in group("polynomial", 11)]
+    endless = [*samples[1:], msgspec.structs.replace(samples[0], completion=ENDLESS)]
+    try:
+        await pool.start()
+        await pool.score(samples)
+        figures: dict[str, float] = {}
+        for name, each in (("without", samples), ("with", endless), ("after", samples)):
+            started = time.perf_counter()
+            rewards = [parts["reward"] for parts in await pool.score(each)]
+            figures[f"{name}_s"] = time.perf_counter() - started
+            assert sum(rewards) == (3.0 if name == "with" else 4.0), rewards
+        return figures
+    finally:
+        await pool.close()
 
 
 def sandbox_overhead(repeats: int) -> dict[str, dict[str, float]]:
@@ -142,16 +172,26 @@ async def tokens_per_s(engine: SmallEngine, function: str, folder: Path, tokens:
         await pool.close()
 
 
-async def sleeping_reward(model: str, rounds: int, tokens: int) -> dict[str, list[float]]:
+def write_model(folder: Path) -> str:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**MODEL)).save_pretrained(folder)
+    return str(folder)
+
+
+async def sleeping_reward(rounds: int, tokens: int) -> dict[str, list[float]]:
     config = RolloutConfig(
         engine="small", dtype="float32", max_sequences=CONCURRENT, context_tokens=256, max_tokens=tokens
     )
-    engine = SmallEngine(config, model, seed=0, version=0)
-    await engine.start()
     figures: dict[str, list[float]] = {"quick": [], "sleepy": []}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rewards.py").write_text(REWARDS)
+        engine = SmallEngine(config, write_model(Path(folder) / "model"), seed=0, version=0)
+        await engine.start()
         try:
+            await tokens_per_s(engine, "quick", Path(folder), tokens)
             for number in range(rounds):
                 for function in ("quick", "sleepy") if number % 2 else ("sleepy", "quick"):
                     figures[function].append(await tokens_per_s(engine, function, Path(folder), tokens))
@@ -163,29 +203,36 @@ async def sleeping_reward(model: str, rounds: int, tokens: int) -> dict[str, lis
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--model", default=".cache/chain_sum/model")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--groups", type=int, default=25, help="of 8 answers, of each kind")
+    parser.add_argument("--repeats", type=int, default=200, help="of each snippet")
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
-    rates = math_per_s(args.repeats)
+    rates = math_per_s(args.groups)
+    with tempfile.TemporaryDirectory() as folder:
+        endless = asyncio.run(endless_expression(Path(folder)))
     sandbox = sandbox_overhead(args.repeats)
-    speeds = asyncio.run(sleeping_reward(args.model, args.rounds, args.tokens))
+    speeds = asyncio.run(sleeping_reward(args.rounds, args.tokens))
     ratios = [sleepy / quick for sleepy, quick in zip(speeds["sleepy"], speeds["quick"], strict=True)]
     worst = max(figures["overhead_ms"] for name, figures in sandbox.items() if name != "kind")
     bars = [
-        Bar("math answers/s a core", rates["all"], 200, "at least"),
+        Bar("math answers/s a core", rates["ours"]["all"], 200, "at least"),
+        Bar(
+            "seconds that an endless expression costs its group", endless["with_s"] - endless["without_s"], 7, "at most"
+        ),
         Bar("sandbox, ms over the snippet's own time", worst, 25, "at most"),
         Bar("rollout tokens/s lost to a sleeping reward, %", 100 * (1 - statistics.median(ratios)), 3, "at most"),
     ]
     figures = {
-        "math_answers_per_s": rates,
+        "math_answers_per_s": rates["ours"],
+        "endless_expression": endless,
         "sandbox": sandbox,
         "rollout_tokens_per_s": speeds,
         "sleepy_over_quick": ratios,
     }
     question = (__doc__ or "").splitlines()[0]
-    write_result(args.json, question=question, figures=figures, peers={}, bars=bars, device=hardware())
+    peers = {"math_answers_per_s": rates["math-verify alone"]}
+    write_result(args.json, question=question, figures=figures, peers=peers, bars=bars, device=hardware())
     return 0
 
 

@@ -6,6 +6,7 @@ prompts, rewards and weights would be on a network in the clear, so there the bu
 
 import os
 import re
+import socket
 import tempfile
 from pathlib import Path
 
@@ -54,3 +55,17 @@ def reachable(address: str, broker: str = "") -> str:
         return address
     host = EVERY_INTERFACE[tcp["host"]] if through is None else through["host"]
     return f"tcp://{host}:{tcp['port']}"
+
+
+def address_towards(host: str) -> str:
+    """This machine's own address on the way to `host`, as the kernel would choose it; nothing is sent.
+
+    Raises: ValueError, one line, where there is no way.
+    """
+    try:
+        family, kind, protocol, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as towards:
+            towards.connect(there)
+            return towards.getsockname()[0]
+    except OSError as error:
+        raise ValueError(f"{host} cannot be reached from this machine: {error}") from None

@@ -246,7 +246,7 @@ class Broker:
                 self._socket.forget(sender)
             return
         if known is not None and known.route == route and known.hello.joining < hello.joining:
-            known.rejoin(hello)
+            known.rejoin(hello, time.monotonic())
         elif known is None or known.route != route or known.hello != hello:
             if known is not None:
                 self._lost(known, "was replaced")

@@ -4,7 +4,7 @@ Encoding copies small columns only: another's frame is the array's own memory. D
 a whitelist and every frame's length against its header, and gives read-only views.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,6 +24,8 @@ SHARED_BYTES = 1024
 """Columns of at most so many bytes share the first frame, each at a multiple of `ALIGNMENT_BYTES`: to send and receive
 another frame takes longer than to copy them."""
 ALIGNMENT_BYTES = 8
+
+EMPTY = memoryview(b"")
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -74,9 +76,12 @@ def frame_sizes(columns: Sequence[Column]) -> list[int]:
     return _frame_sizes([_num_bytes(column) for column in columns])
 
 
-def decode_columns(columns: Sequence[Column], frames: Sequence[Frame]) -> dict[str, Array]:
+def decode_columns(
+    columns: Sequence[Column], frames: Sequence[Frame], only: Set[str] | None = None
+) -> dict[str, Array]:
     """Read-only views of the frames.
 
+    Args: only: names of those that are wanted; None: all.
     Raises: MalformedMessage where a dtype is not allowed, a shape is wrong, a name appears twice, or a
         frame's length is not what its header says.
     """
@@ -94,15 +99,18 @@ def decode_columns(columns: Sequence[Column], frames: Sequence[Frame]) -> dict[s
         if column.name in arrays:
             raise MalformedMessage(f"column {column.name!r} appears twice")
         dtype = DTYPES[column.dtype]
+        is_wanted = only is None or column.name in only
         if size > SHARED_BYTES:
-            array = np.frombuffer(views[next_frame], dtype)
+            view, count, offset = views[next_frame], -1, 0
             next_frame += 1
         elif size:
-            array = np.frombuffer(views[0], dtype, size // dtype.itemsize, next_byte)
+            view, count, offset = views[0], size // dtype.itemsize, next_byte
             next_byte += size + -size % ALIGNMENT_BYTES
         else:
-            array = np.frombuffer(b"", dtype)
-        arrays[column.name] = array if len(column.shape) == 1 else array.reshape(column.shape)
+            view, count, offset = EMPTY, -1, 0
+        if is_wanted:
+            array = np.frombuffer(view, dtype, count, offset)
+            arrays[column.name] = array if len(column.shape) == 1 else array.reshape(column.shape)
     return arrays
 
 
@@ -115,6 +123,8 @@ def _num_bytes(column: Column) -> int:
     dtype = DTYPES.get(column.dtype)
     if dtype is None:
         raise MalformedMessage(f"column {column.name!r}: dtype {column.dtype!r} is not allowed")
+    if len(column.shape) == 1 and column.shape[0] >= 0:  # nearly all of them
+        return dtype.itemsize * column.shape[0]
     size = dtype.itemsize  # a Python integer: a huge shape cannot overflow it
     for length in column.shape:
         if length < 0 or len(column.shape) > MAX_DIMENSIONS:

@@ -50,6 +50,30 @@ class JournalConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     keep: bool = False
 
 
+class WeightsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How policy versions get from the learner to the workers; see docs/guide/weights.md.
+
+    backend: `bus`: over the learner's own socket; `file`: through a folder that all machines share; `shm`: through
+        shared memory, where all are on one machine.
+    encoding: `delta`: as what differs from the version before, where that is less than half of the whole; `dense`:
+        whole; `auto`: dense through shared memory, deltas elsewhere.
+    full_every: with deltas, versions from a whole one that is kept to the next: a worker that joins takes it, and the
+        deltas since.
+    folder: of `file`; "": the run's own.
+    zstd_level: of deltas; higher ones are smaller, and take the learner's machine longer.
+    """
+
+    backend: Literal["bus", "file", "shm"] = "bus"
+    encoding: Literal["auto", "delta", "dense"] = "auto"
+    full_every: PositiveInt = 8
+    folder: str = ""
+    zstd_level: Annotated[int, Meta(ge=1, le=19)] = 1
+
+    @property
+    def has_deltas(self) -> bool:
+        return self.encoding == "delta" or (self.encoding == "auto" and self.backend != "shm")
+
+
 class HistoryConfig(Struct, frozen=True, kw_only=True):
     """How much the broker remembers of earlier completions, to send it with leases (`databus.history`).
 

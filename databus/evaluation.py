@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from databus.codec import MalformedMessage
@@ -32,7 +32,7 @@ class Evaluation:
     failed: int = 0
     tokens: int = 0
     done: int = 0
-    queued: float = field(default_factory=time.monotonic)
+    queued: float = 0.0
     _leases: int = 0
 
     def __post_init__(self) -> None:
@@ -105,8 +105,10 @@ class Evaluations:
         threshold: float,
         timeout_s: float,
         accuracies: Mapping[int, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args: accuracies: of versions that a broker before this one has evaluated."""
+        self._clock = clock
         self._num_problems = num_problems if every > 0 else 0
         self._every = every
         self._last_version = last_version
@@ -131,9 +133,10 @@ class Evaluations:
         if self._first is None:
             self._first = version
         if version in (self._first, self._last_version) or version % self._every == 0:
-            self._queue.append(Evaluation(version, self._num_problems, self._threshold, self._timeout_s))
+            waiting = Evaluation(version, self._num_problems, self._threshold, self._timeout_s, queued=self._clock())
+            self._queue.append(waiting)
             if len(self._queue) == 1:
-                self._queue[0].queued = time.monotonic()
+                self._queue[0].queued = self._clock()
 
     def awaits_last_version(self) -> bool:
         """The last version is to be evaluated, and has not been published yet."""
@@ -178,7 +181,7 @@ class Evaluations:
         self._queue = deque(item for item in self._queue if item.version != version)
         self._results[version] = {}
         if self._queue and self._queue[0] is not current:
-            self._queue[0].queued = time.monotonic()
+            self._queue[0].queued = self._clock()
 
     def take_result(self, version: int) -> dict[str, float]:
         return self._results.pop(version, {})

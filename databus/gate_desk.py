@@ -66,12 +66,16 @@ class GateDesk:
             self._state.evaluations.drop(current.version)
 
     def _is_stuck(self) -> bool:
-        """The learner waits, nothing is on its way to it, and no worker may begin anything."""
+        """The learner waits, has published what it has, nothing is on its way to it, and no worker may begin anything.
+
+        It asks for the next batch while it publishes the version that the last one gave.
+        """
         state = self._state
         return (
             state.requested is not None
             and state.batch is None
             and state.newest is not None
+            and state.newest >= state.step
             and not state.ledger.running
             and self._nobody_serves(state.newest)
             and not any(map(self._may_begin, state.peers.workers()))

@@ -1,7 +1,7 @@
 """The worker's side of the broker: leases out, results in."""
 
+import heapq
 import logging
-import time
 from collections.abc import Sequence
 
 from databus.batches import Waiting
@@ -58,32 +58,48 @@ class LeaseDesk:
         target = state.newest if current is None else min(state.newest, current.version)
         published = state.versions[target]
         for worker in state.peers.workers():
+            if worker.version >= target and worker.is_settled:
+                continue
             told = worker.version >= target or (
                 worker.announced >= target and worker.announced_address == published.address
             )
-            lost = not worker.is_settled and time.monotonic() - worker.announced_at > ANNOUNCE_AGAIN_S
+            lost = not worker.is_settled and state.clock() - worker.announced_at > ANNOUNCE_AGAIN_S
             if not told or lost:
                 message = VersionAnnounced(version=target, address=published.address, num_bytes=published.num_bytes)
                 if state.send(worker.name, message):
                     if worker.announced_address != published.address:
                         worker.refused = -1  # by another learner: it is tried again
                     worker.announced = max(worker.announced, target)
-                    worker.announced_at, worker.announced_address = time.monotonic(), published.address
+                    worker.announced_at, worker.announced_address = state.clock(), published.address
 
     def lease_all(self) -> None:
         """Give every worker what it has credit for, one group at a time, each to whom `placement` chooses."""
-        for worker in self._state.peers.workers():
-            if worker.standing == "working":
-                self._lease_evaluation(worker)
-        workers = [worker for worker in self._state.peers.workers() if self._may_lease(worker)]
+        everybody = self._state.peers.workers()
+        if self._state.evaluations.current is not None:
+            for worker in everybody:
+                if worker.standing == "working":
+                    self._lease_evaluation(worker)
+        if not self._has_room():
+            return
+        free = [worker for worker in everybody if self._is_free(worker)]
+        may_begin = {version: self._may_begin(version) for version in {worker.version for worker in free}}
+        workers = [worker for worker in free if may_begin[worker.version]]
         loads = [self._load(worker) for worker in workers]
-        while workers:
-            chosen = self._state.placement.choose(loads)
-            self._lease_training(workers[chosen])
-            loads[chosen] = self._load(workers[chosen])
-            if not all(map(self._may_lease, workers)):
-                workers = [worker for worker in workers if self._may_lease(worker)]
-                loads = [self._load(worker) for worker in workers]
+        rank = self._state.placement.ranking(loads)
+        queue = [(rank(load), index) for index, load in enumerate(loads)]
+        heapq.heapify(queue)
+        while queue:  # a lease changes the load of one worker; of the others, only whether they may have another
+            _, index = queue[0]
+            if self._is_free(workers[index]) and self._may_begin(workers[index].version):
+                self._lease_training(workers[index])
+                heapq.heapreplace(queue, (rank(self._load(workers[index])), index))
+            else:
+                heapq.heappop(queue)
+
+    def _has_room(self) -> bool:
+        """For anybody? Most turns find none, and need not ask every worker."""
+        state = self._state
+        return state.gate.capacity(state.newest_known, state.accepted, state.ledger.running) > 0
 
     def _load(self, worker: Peer) -> Load:
         return Load(
@@ -93,16 +109,17 @@ class LeaseDesk:
             free_groups=worker.credits - worker.leases_sent,
         )
 
-    def _may_lease(self, worker: Peer) -> bool:
+    def _is_free(self, worker: Peer) -> bool:
+        return worker.leases_sent < worker.credits and worker.standing == "working" and worker.is_settled
+
+    def _may_begin(self, version: int) -> bool:
+        """May a worker that serves `version` have one more group?"""
         state = self._state
         accepted, running = state.accepted, state.ledger.running
         return (
-            worker.standing == "working"
-            and worker.leases_sent < worker.credits
-            and state.config.start_step <= worker.version
-            and worker.is_settled
+            state.config.start_step <= version
             and accepted + running < state.config.steps * state.config.batch_groups
-            and state.gate.capacity(worker.version, accepted, running) > 0
+            and state.gate.capacity(version, accepted, running) > 0
         )
 
     def _lease_training(self, worker: Peer) -> None:
@@ -111,7 +128,7 @@ class LeaseDesk:
         sampling = Sampling(max_tokens=state.config.max_tokens, temperature=state.config.temperature)
         if not state.leases.has_any(worker.name):  # what it has generated by now is not part of any group to come
             worker.received_tokens = worker.beat.generated_tokens
-        held = state.add_lease(entry.group_id, entry.cursor, worker.name, time.monotonic())
+        held = state.add_lease(entry.group_id, entry.cursor, worker.name, state.clock())
         worker.leases_sent += 1
         predicted_tokens = held.predicted_tokens // state.config.group_size
         state.chronicle.leased(entry, worker.name, predicted_tokens)
@@ -177,6 +194,10 @@ class LeaseDesk:
         group = decode_group(message.columns, frames)
         if group.reward_parts.shape[1] != len(message.reward_names):
             raise MalformedMessage("reward_parts and reward_names differ in length")
+        self.take(worker, message, frames, group)
+
+    def take(self, worker: Peer, message: Completed, frames: Sequence[Frame], group: Group) -> None:
+        """Take a scored group that has been decoded. Raises: MalformedMessage if it is not what was leased."""
         worker.received_tokens += group.num_tokens
         if is_evaluation(message.group_id):
             accepted = self._complete_evaluation(worker, message.group_id, group)
@@ -307,7 +328,7 @@ class LeaseDesk:
         """What the worker says of itself, against what is written here. Raises: MalformedMessage as `applied`."""
         worker.credits = max(worker.credits, message.credits)
         self._serves(worker, message.version)
-        now, held = time.monotonic(), set(message.group_ids)
+        now, held = self._state.clock(), set(message.group_ids)
         for lease in self._state.leases.sent_before(now - self._state.config.bus.peer_timeout_s / 2):
             if lease.worker == worker.name and lease.group_id not in held:
                 logger.warning("%s does not have its lease of group %s", worker.name, lease.group_id)

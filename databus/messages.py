@@ -143,7 +143,8 @@ class Mismatch(Struct, frozen=True, kw_only=True):
 class VersionApplied(Struct, frozen=True, kw_only=True, tag=True):
     """Worker -> broker: the engine serves `version` from now on; what the update cost.
 
-    mismatch: None where the version came without a probe.
+    mismatch: None where the version came without a probe. delay_s: that it was put off once it was there; no part of
+    sync_s.
     """
 
     version: int
@@ -151,6 +152,7 @@ class VersionApplied(Struct, frozen=True, kw_only=True, tag=True):
     sync_s: float = 0.0
     received_bytes: int = 0
     mismatch: Mismatch | None = None
+    delay_s: float = 0.0
 
 
 class VersionRefused(Struct, frozen=True, kw_only=True, tag=True):
@@ -473,11 +475,28 @@ class ManifestRequest(Struct, frozen=True, kw_only=True, tag=True):
     version: int
 
 
+class Delta(Struct, frozen=True, kw_only=True):
+    """A version as what differs from another: `num_chunks` chunks (`databus.delta`), `num_bytes` together.
+
+    base_version, base_hash: the other's number, and its `Manifest.hash`: after a learner came back there may be two
+    versions of one number.
+    """
+
+    version: int
+    base_version: int
+    base_hash: int
+    num_chunks: int
+    num_bytes: int
+
+
 class Manifest(Struct, frozen=True, kw_only=True, tag=True):
     """Weight server -> worker: the tensors of a version, in one flat buffer of `num_bytes`, cut in chunks.
 
     probe: by which an engine can tell that it serves what was published; None where there is no mismatch gate.
     adapter: how `tensors` make a version with the model's folder; None where they are whole weights.
+    hash: `databus.version_hash` of the tensors; 0: not reckoned. whole_version: which version can be had in whole, of
+    the same layout; -1: this one. deltas: each with the one before as its base, up to this version; from the whole one,
+    or one before it, on.
     """
 
     version: int
@@ -486,20 +505,29 @@ class Manifest(Struct, frozen=True, kw_only=True, tag=True):
     tensors: tuple[TensorSpec, ...]
     probe: Probe | None = None
     adapter: Adapter | None = None
+    hash: int = 0
+    whole_version: int = -1
+    deltas: tuple[Delta, ...] = ()
 
 
 class ChunkRequest(Struct, frozen=True, kw_only=True, tag=True):
-    """Worker -> weight server: one chunk. A worker keeps a few of these outstanding (its credit)."""
+    """Worker -> weight server: one chunk. A worker keeps a few of these outstanding (its credit).
+
+    delta: of the version's delta, not of its whole.
+    """
 
     version: int
     index: int
+    delta: bool = False
 
 
 class Chunk(Struct, frozen=True, kw_only=True, tag=True):
-    """Weight server -> worker: bytes `index * chunk_bytes ..` of the version; one raw frame follows."""
+    """Weight server -> worker: bytes `index * chunk_bytes ..` of the version, or chunk `index` of its delta; one raw
+    frame follows."""
 
     version: int
     index: int
+    delta: bool = False
 
 
 class VersionGone(Struct, frozen=True, kw_only=True, tag=True):

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from databus.messages import (
@@ -73,13 +73,13 @@ class Peer:
     beat: Heartbeat = field(default_factory=Heartbeat)
     speed: Speed = field(default_factory=Speed)
     standing: Standing = "working"
-    joined: float = field(default_factory=time.monotonic)
+    joined: float = 0.0
     refused: int = -1
 
     @property
     def is_settled(self) -> bool:
         """It serves what it was told of, or never will."""
-        return max(self.version, self.refused) >= self.announced
+        return self.version >= self.announced or self.refused >= self.announced
 
     @property
     def name(self) -> str:
@@ -93,9 +93,9 @@ class Peer:
     def tokens_per_s(self) -> float:
         return self.speed.tokens_per_s
 
-    def rejoin(self, hello: Hello) -> None:
+    def rejoin(self, hello: Hello, now: float) -> None:
         """It had taken the broker for lost, or been lost itself: it keeps its leases, and its credits count anew."""
-        self.hello, self.joined = hello, time.monotonic()
+        self.hello, self.joined = hello, now
         self.credits = self.leases_sent = 0
 
     def take_heartbeat(self, beat: Heartbeat, now: float) -> None:
@@ -106,10 +106,12 @@ class Peer:
 class Peers:
     """The table of connected peers."""
 
-    def __init__(self, timeout_s: float, heartbeat_s: float) -> None:
+    def __init__(self, timeout_s: float, heartbeat_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._timeout_s = timeout_s
         self._missed_s = MISSED_HEARTBEATS * heartbeat_s
         self._peers: dict[str, Peer] = {}
+        self._by_role: dict[Role, list[Peer]] | None = None
 
     def __iter__(self) -> Iterator[Peer]:
         return iter(list(self._peers.values()))
@@ -117,12 +119,21 @@ class Peers:
     def get(self, name: str) -> Peer | None:
         return self._peers.get(name)
 
-    def workers(self) -> list[Peer]:
-        return [peer for peer in self if peer.role == "worker"]
+    def workers(self) -> Sequence[Peer]:
+        """As they are now; who comes or goes later does not change what was returned."""
+        return self._of_role("worker")
 
     @property
     def learner(self) -> Peer | None:
-        return next((peer for peer in self if peer.role == "learner"), None)
+        return next(iter(self._of_role("learner")), None)
+
+    def _of_role(self, role: Role) -> Sequence[Peer]:
+        """Reckoned when somebody has come or gone: of thousands, nobody could look at all every turn."""
+        if self._by_role is None:
+            self._by_role = {"worker": [], "learner": [], "observer": []}
+            for peer in self._peers.values():
+                self._by_role[peer.role].append(peer)
+        return self._by_role[role]
 
     def objection(self, sender: str, hello: Hello, run_id: str, newest: int) -> str:
         """Why this peer cannot be let in; "" if it can. Args: newest: version that a worker may serve at most."""
@@ -143,13 +154,15 @@ class Peers:
         return ""
 
     def add(self, hello: Hello, route: bytes) -> Peer:
-        now = time.monotonic()
-        peer = Peer(hello=hello, route=route, heard=now, version=hello.version, announced=hello.version)
+        now = self._clock()
+        peer = Peer(hello=hello, route=route, heard=now, version=hello.version, announced=hello.version, joined=now)
         peer.standing = "spare" if hello.spare else "working"
         self._peers[hello.name] = peer
+        self._by_role = None
         return peer
 
     def remove(self, name: str) -> Peer | None:
+        self._by_role = None
         return self._peers.pop(name, None)
 
     def silent(self, now: float) -> list[Peer]:

@@ -3,7 +3,7 @@
 import time
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msgspec import Struct
@@ -31,7 +31,7 @@ class RunFailed(RuntimeError):
 @dataclass
 class RunState:
     """step: the next one to be trained. versions: published ones, newest last. batch: cut, not done yet; batch_cut:
-    when, on the monotonic clock.
+    when, on `clock`, seconds that only grow.
 
     trained: places in the journal, packed, of the groups of each step that was taken.
     refusal: the newest version that an engine refused, and why.
@@ -58,8 +58,12 @@ class RunState:
     scheduler: Scheduler | None = None
     placement: Placement = field(default_factory=MostCredit)
     trained: dict[int, "array[int]"] = field(default_factory=dict)
-    progress: float = field(default_factory=time.monotonic)
     refusal: str = ""
+    clock: Callable[[], float] = time.monotonic
+    progress: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.touch()
 
     @property
     def newest_known(self) -> int:
@@ -104,7 +108,7 @@ class RunState:
 
     def touch(self) -> None:
         """Something went forward."""
-        self.progress = time.monotonic()
+        self.progress = self.clock()
 
 
 def new_state(
@@ -118,10 +122,11 @@ def new_state(
     scheduler: Scheduler | None = None,
     placement: Placement | None = None,
     accuracies: Mapping[int, float] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> RunState:
     """The state at the run's start, or at the checkpoint that `position` comes from.
 
-    Args: accuracies: of versions that were evaluated before.
+    Args: accuracies: of versions that were evaluated before. clock: `echelon.plan` has a simulated one.
     """
     gate = StalenessGate(config.max_staleness, config.batch_groups, config.stale_policy)
     ledger = (
@@ -140,12 +145,13 @@ def new_state(
         leases=Leases(config.bus.lease_s),
         queue=BatchQueue(gate),
         evaluations=Evaluations(
-            len(evals), config.eval_every, config.steps, config.eval_threshold, config.eval_timeout_s, accuracies
+            len(evals), config.eval_every, config.steps, config.eval_threshold, config.eval_timeout_s, accuracies, clock
         ),
         chronicle=chronicle,
-        peers=Peers(config.bus.peer_timeout_s, config.bus.heartbeat_s),
-        metrics=StepMetrics(),
+        peers=Peers(config.bus.peer_timeout_s, config.bus.heartbeat_s, clock),
+        metrics=StepMetrics(clock),
         step=config.start_step,
         scheduler=scheduler,
         placement=placement or MostCredit(),
+        clock=clock,
     )

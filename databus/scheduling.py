@@ -1,6 +1,6 @@
 """What the broker may be composed with to schedule by difficulty; it knows nothing of difficulty itself."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple, Protocol
 
 from databus.groups import Group
@@ -46,14 +46,20 @@ class Load(NamedTuple):
     free_groups: int
 
 
+Rank = tuple[float, ...]
+
+
 class Placement(Protocol):
-    def choose(self, loads: Sequence[Load]) -> int:
-        """Index of the worker that gets the next group; `loads` has at least one."""
+    def ranking(self, loads: Sequence[Load]) -> Callable[[Load], Rank]:
+        """How workers are ranked this time: the lowest gets the next group, the first of equals, and is ranked anew.
+
+        Args: loads: of the workers that may get one.
+        """
         ...
 
 
 class MostCredit:
     """The worker with the most credit: all fill up evenly."""
 
-    def choose(self, loads: Sequence[Load]) -> int:
-        return max(range(len(loads)), key=lambda index: loads[index].free_groups)
+    def ranking(self, loads: Sequence[Load]) -> Callable[[Load], Rank]:
+        return lambda load: (-load.free_groups,)

@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-import time
 from array import array
 from collections.abc import Mapping
 
@@ -100,7 +99,7 @@ class StepDesk:
             return
         state.batch = state.queue.cut(state.requested, self._settle_stale)
         if state.batch is not None:
-            state.batch_cut = time.monotonic()
+            state.batch_cut = state.clock()
             state.touch()
             state.chronicle.cut(state.batch)
             self._send_ahead(learner, state.batch)
@@ -148,12 +147,12 @@ class StepDesk:
         if state.scheduler is not None:
             still_open = {cursor for cursor, _ in state.ledger.pending_at(batch.step + 1)}
             row |= state.scheduler.stepped([waiting.entry.cursor for waiting in batch.groups], still_open)
+        if batch.step >= self._first_row:  # before the row: who reads that finds them
+            chosen = [SampledGroup(item.prompt, item.group) for item in batch.groups[:SAMPLED_GROUPS]]
+            self._sink.samples(batch.step, chosen)
         self._add_row(row)
         if all(waiting.place >= 0 for waiting in batch.groups):
             state.trained[batch.step] = array("Q", [waiting.place for waiting in batch.groups])
-        if batch.step >= self._first_row:
-            chosen = [SampledGroup(item.prompt, item.group) for item in batch.groups[:SAMPLED_GROUPS]]
-            self._sink.samples(batch.step, chosen)
         state.batch, state.requested, state.step = None, None, batch.step + 1
         state.touch()
         self._add_last_row()

@@ -20,9 +20,10 @@ from databus.staleness import LAG_BUCKETS
 class StepMetrics:
     """Collects between steps; `row` closes a step. Times in seconds since `start`, when all roles were up."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._start: float | None = None
-        self._since = time.monotonic()
+        self._since = clock()
         self._tokens = 0
         self._updates: list[VersionApplied] = []
         self._mismatches: list[Mismatch] = []
@@ -36,10 +37,10 @@ class StepMetrics:
     def start(self) -> None:
         """All roles are up; only the first call counts."""
         if self._start is None:
-            self._start = self._since = time.monotonic()
+            self._start = self._since = self._clock()
 
     def elapsed_s(self) -> float:
-        return 0.0 if self._start is None else time.monotonic() - self._start
+        return 0.0 if self._start is None else self._clock() - self._start
 
     def completed(self, group: Group) -> None:
         self._tokens += group.num_tokens
@@ -66,7 +67,7 @@ class StepMetrics:
 
     def row(self, batch: CutBatch, learner: Mapping[str, float], queued: int, counts: Mapping[str, int]) -> dict:
         """The row of a step that was just taken."""
-        now = time.monotonic()
+        now = self._clock()
         row: dict[str, float] = {"step": batch.step, "time_s": self.elapsed_s()}
         row |= _reward_metrics(batch) | _length_metrics(batch) | _staleness_metrics(batch)
         row["rollout/tokens_per_s"] = self._tokens / max(1e-9, now - self._since)
@@ -83,6 +84,7 @@ class StepMetrics:
         return {
             "weights/sync_s": max((update.sync_s for update in self._updates), default=0.0),
             "weights/pause_s": max((update.pause_s for update in self._updates), default=0.0),
+            "weights/delay_s": max((update.delay_s for update in self._updates), default=0.0),
             "weights/sent_bytes": sum(update.received_bytes for update in self._updates),
         }
 

@@ -55,10 +55,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser()
     # argparse gives all of `overrides` to the first stretch of words; later ones come back as extra.
     args, extra = parser.parse_known_args(arguments)
-    takes_more = args.command == "run" and not any(word.startswith("-") for word in extra)
+    takes_more = args.command in ("run", "plan") and not any(word.startswith("-") for word in extra)
     if extra and not takes_more:
         parser.error(f"unknown argument {extra[0]!r} for `echelon {args.command}`")
-    if args.command == "run":
+    if takes_more:
         args.overrides += extra
     return args
 
@@ -74,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_audit(commands)
     _add_replay(commands)
     _add_report(commands)
+    _add_plan(commands)
     _add_bench_draft(commands)
     _add_keys(commands)
     return parser
@@ -85,6 +86,12 @@ def _add_run(commands: "argparse._SubParsersAction[Parser]") -> None:
     run.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change: learner.lr=1e-5")
     run.add_argument("--run-dir", metavar="DIR", help="where the run lies (default: runs/RECIPE-TIME)")
     run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --run-dir")
+    run.add_argument(
+        "--on",
+        choices=("local", "ray", "slurm", "allocation"),
+        default="local",
+        help="where roles run: this machine, a Ray cluster, a Slurm job, the job that this is in (default: local)",
+    )
 
 
 def _add_worker(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -165,6 +172,40 @@ def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run; several are compared")
     report.add_argument("--out", metavar="FILE", help="where it is written (default: report.html in the first folder)")
     report.add_argument("--advice", action="store_true", help="only the advice, on the terminal")
+
+
+def _add_plan(commands: "argparse._SubParsersAction[Parser]") -> None:
+    plan = commands.add_parser("plan", help="predict throughput, waits and staleness for other numbers of workers")
+    plan.add_argument("recipe", metavar="RECIPE.py", help="as for `echelon run`")
+    plan.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="RUN_DIR | section.key=value",
+        help="a run to fit to; settings; what to take for granted: assume.cores=2",
+    )
+    plan.add_argument("--from", dest="from_run", metavar="RUN_DIR", help="the run to fit to, by name")
+    plan.add_argument("--workers", type=_counts, metavar="N,N", help="numbers of workers (default: 1,2,4)")
+    plan.add_argument("--staleness", type=_bounds, metavar="N,N", help="values of max_staleness (default: 0,1,2,4)")
+    plan.add_argument("--batch", type=_counts, metavar="N,N", help="values of batch_groups (default: the recipe's)")
+    plan.add_argument("--steps", type=_steps, default=40, metavar="N", help="steps to simulate of each (default: 40)")
+    plan.add_argument("--json", action="store_true", help="a JSON object with all figures")
+
+
+def _counts(text: str, least: int = 1) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) >= least for word in words):
+        raise argparse.ArgumentTypeError(f"expected whole numbers from {least}, with commas between them, got {text!r}")
+    return list(dict.fromkeys(map(int, words)))
+
+
+def _bounds(text: str) -> list[int]:
+    return _counts(text, least=0)
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 4:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 4, got {text!r}")
+    return int(text)
 
 
 def _tolerance(text: str) -> float:

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from databus.config import BusConfig, JournalConfig, StalePolicy
+from databus.config import BusConfig, JournalConfig, StalePolicy, WeightsConfig
+from echelon.launch.config import RayConfig, SlurmConfig
 from learner.config import LearnerConfig
 from rewards.config import RewardConfig
 from rollout.config import DraftConfig, RolloutConfig, SchedulingConfig
@@ -99,5 +100,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     eval: EvalConfig = EvalConfig()
     bus: BusConfig = BusConfig()
     journal: JournalConfig = JournalConfig()
+    weights: WeightsConfig = WeightsConfig()
     wandb: WandbConfig = WandbConfig()
     traces: TracesConfig = TracesConfig()
+    ray: RayConfig = RayConfig()
+    slurm: SlurmConfig = SlurmConfig()

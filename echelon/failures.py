@@ -6,7 +6,7 @@ from pathlib import Path
 
 from echelon.cli import BAD_INPUT, FAILED
 from echelon.errors import ErrorReport, read_error
-from echelon.processes import Child
+from echelon.launch.base import RunningRole
 
 ERROR_SUFFIX = ".error.json"
 
@@ -25,7 +25,7 @@ def read_errors(logs: Path) -> list[ErrorReport]:
     return sorted(reports, key=lambda report: report.time)
 
 
-def first_cause(children: Iterable[Child], logs: Path) -> RunFailed:
+def first_cause(children: Iterable[RunningRole], logs: Path) -> RunFailed:
     """The earliest failure that is not another's consequence; a process that left no report counts by its end."""
     reports = read_errors(logs)
     ended = list(children)
@@ -42,7 +42,7 @@ def _has_reported(name: str, roles: set[str]) -> bool:
     return any(role == name or role.startswith(f"{name}-rank") for role in roles)
 
 
-def _report_of(child: Child) -> ErrorReport:
+def _report_of(child: RunningRole) -> ErrorReport:
     return ErrorReport(
         time=child.exited_at or time.time(), role=child.name, kind="runtime", message=child.how_it_ended()
     )

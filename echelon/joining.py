@@ -55,23 +55,28 @@ def with_model(run: Membership, model: str) -> Membership:
 
 def check_has_all(run: Membership) -> None:
     """Raises: ValueError, one line saying what to copy here, or how to say where it is."""
-    model = Path(run.config.model)
+    check_has_all_of(run.config, run.reward_dir)
+
+
+def check_has_all_of(config: RunConfig, reward_dir: Path) -> None:
+    """Args: reward_dir: as of `Membership`. Raises: as above."""
+    model = Path(config.model)
     if model.is_absolute() and not model.is_dir():
         raise ValueError(
             f"the run's model {model} is not on this machine: copy it here, and name it with --model where it lies "
             "elsewhere"
         )
-    _check_has_environment(run)
-    for reference in references(run.config.reward):
-        file = run.reward_dir / reference.rpartition(":")[0]
+    _check_has_environment(config, reward_dir)
+    for reference in references(config.reward):
+        file = reward_dir / reference.rpartition(":")[0]
         if reference not in BUILT_INS and not file.is_file():
             how = "name the recipe with --recipe" if file.name == RECIPE_FILE else "copy it to the same path"
             raise ValueError(f"the run's reward, {reference}, is not on this machine: {how}")
 
 
-def _check_has_environment(run: Membership) -> None:
-    reference = run.config.rollout.environment.name
-    file = run.reward_dir / reference.rpartition(":")[0]
+def _check_has_environment(config: RunConfig, reward_dir: Path) -> None:
+    reference = config.rollout.environment.name
+    file = reward_dir / reference.rpartition(":")[0]
     if is_file(reference) and not file.is_file():
         how = "name the recipe with --recipe" if file.name == RECIPE_FILE else "copy it to the same path"
         raise ValueError(f"the run's environment, {reference}, is not on this machine: {how}")

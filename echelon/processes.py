@@ -8,13 +8,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from echelon.launch.base import RunningRole
+
+NO_LOG = Path(os.devnull)
 POLL_S = 0.05
 REPORT_BYTES = 4096
 LINE_LENGTH = 300
+BETWEEN_S = 0.1
+
+
+@dataclass(frozen=True)
+class RoleProcess:
+    """A role's process as the kernel sees it. state: of psutil, such as `sleeping` and `stopped`."""
+
+    role: str
+    pid: int
+    state: str
+    cpu_s: float
+    memory_bytes: int
 
 
 class Child:
@@ -25,25 +41,27 @@ class Child:
         name: str,
         arguments: Sequence[str],
         environment: Mapping[str, str],
-        log: Path,
+        log: Path | None,
         stop_signal: signal.Signals = signal.SIGTERM,
     ) -> None:
-        """Start `python -m ARGUMENTS`, appending its output to `log`. Args: stop_signal: tells it that the run ends.
+        """Start `python -m ARGUMENTS`, appending its output to `log`; None: it has this process's.
+
+        Args: stop_signal: tells it that the run ends.
 
         Call it from the main thread: children ask the kernel to die with the thread that started them.
         """
         self.name = name
         self._stop_signal = stop_signal
-        self.log = log
+        self.log = log or NO_LOG
         self.started = time.monotonic()
         self.exited_at: float | None = None
-        with log.open("ab") as output:
-            self._log_start = output.tell()
+        with self.log.open("ab") as output:
+            self._log_start = 0 if log is None else output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=None if log is None else output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
@@ -96,13 +114,23 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    def role_processes(self, module: str) -> list[int]:
-        """Process ids that run `python -m module`: its own, or torchrun's ranks below it."""
-        return [each.pid for each in self._family() if _runs(each, module)]
+    def waits_for(self) -> str:
+        return ""
 
-    def scoring_processes(self) -> list[int]:
-        """Process ids of a worker's pool that answer SIGUSR1; a process that does not expect it would end of it."""
-        return [each.pid for each in self._family() if _is_spawned(each) and _catches(each.pid, signal.SIGUSR1)]
+    def look(self, module: str) -> list[RoleProcess]:
+        """The processes that run `python -m module`: its own, or torchrun's ranks below it, without the agent."""
+        seen = [_look_at(self.name, each) for each in self._family() if _runs(each, module)]
+        return [process for process in seen if process is not None]
+
+    def ask_for_stacks(self, module: str) -> None:
+        """SIGUSR1 to whoever answers it with its stacks; a process that does not expect it would end of it."""
+        family = self._family()
+        asked = [each.pid for each in family if _runs(each, module)]
+        asked += [each.pid for each in family if _is_spawned(each) and _catches(each.pid, signal.SIGUSR1)]
+        for pid in asked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+            time.sleep(BETWEEN_S)  # a worker and its scoring processes write to one log
 
     def _family(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
@@ -111,7 +139,7 @@ class Child:
         return []
 
 
-def stop_all(children: Iterable[Child], grace_s: float) -> None:
+def stop_all(children: Iterable[RunningRole], grace_s: float) -> None:
     """Their stop signals, then SIGKILL to the process group of whoever still runs after `grace_s`; reaps them all."""
     running = [child for child in children if child.exit_code() is None]
     for child in running:
@@ -122,7 +150,7 @@ def stop_all(children: Iterable[Child], grace_s: float) -> None:
     wait_all(running, grace_s)
 
 
-def wait_all(children: Iterable[Child], timeout_s: float) -> bool:
+def wait_all(children: Iterable[RunningRole], timeout_s: float) -> bool:
     """Have all ended, within the time?"""
     waiting = list(children)
     deadline = time.monotonic() + timeout_s
@@ -143,6 +171,14 @@ def child_environment(root: Path, defaults: Mapping[str, str]) -> dict[str, str]
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
+
+
+def _look_at(role: str, process: psutil.Process) -> RoleProcess | None:
+    """None where it has just ended."""
+    with contextlib.suppress(psutil.Error):
+        times = process.cpu_times()
+        return RoleProcess(role, process.pid, process.status(), times.user + times.system, process.memory_info().rss)
+    return None
 
 
 def _runs(process: psutil.Process, module: str) -> bool:

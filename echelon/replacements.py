@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 
-from echelon.processes import Child
+from echelon.launch.base import RunningRole
 
 MAX_RESTARTS = 3
 
@@ -18,7 +18,7 @@ class Replacements:
         self._since: dict[str, float] = {}
         self._restarts: dict[str, int] = {}
 
-    def take(self, drained: Mapping[str, str], children: Mapping[str, Child]) -> None:
+    def take(self, drained: Mapping[str, str], children: Mapping[str, RunningRole]) -> None:
         """What the broker says; whoever does not leave is ended."""
         now = time.monotonic()
         self.drained = drained

@@ -1,4 +1,4 @@
-"""A run's folder in shared memory, for copies of the learner's state: gone with the run, however that ends.
+"""A run's folder in shared memory, for copies of the learner's state and for versions; gone with the run in any case.
 
 A run that ends removes its folder. One that was killed altogether cannot; but the kernel lets go of its lock, and the
 next run of the same user, on the same machine, removes whatever nobody holds.
@@ -17,16 +17,19 @@ PREFIX = "echelon-"
 
 
 @contextmanager
-def shared_memory(run_id: str, wanted: bool = True, parent: Path = SHARED_MEMORY) -> Iterator[Path | None]:
+def shared_memory(
+    run_id: str, wanted: bool = True, parent: Path = SHARED_MEMORY, advice: str = "set learner.memory_copy_every to 0"
+) -> Iterator[Path | None]:
     """A new folder that only this user can enter, held as long as this process lives; None where none is wanted.
 
-    What other runs have left behind goes. Raises: ValueError, in one line, where there is no shared memory.
+    What other runs have left behind goes. Args: advice: what to do where there is no shared memory.
+    Raises: ValueError, in one line, where there is none.
     """
     remove_abandoned(parent)
     if not wanted:
         yield None
         return
-    folder, descriptor = _claim_new(run_id, parent)
+    folder, descriptor = _claim_new(run_id, parent, advice)
     try:
         yield folder
     finally:
@@ -45,14 +48,12 @@ def remove_abandoned(parent: Path) -> None:
         os.close(descriptor)
 
 
-def _claim_new(run_id: str, parent: Path) -> tuple[Path, int]:
+def _claim_new(run_id: str, parent: Path, advice: str) -> tuple[Path, int]:
     while True:
         try:  # mode 0700, and a name that nobody can have taken before
             folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{run_id}-", dir=parent))
         except OSError as error:
-            raise ValueError(
-                f"learner.memory_copy_every needs shared memory in {parent}: {error.strerror}; set it to 0"
-            ) from None
+            raise ValueError(f"no folder in shared memory, {parent}: {error.strerror}; {advice}") from None
         descriptor = _open_own(folder)
         if descriptor is not None:
             if _lock(descriptor) and folder.exists():

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from databus.messages import Status, WorkerStatus
 from echelon.cli import OK
-from echelon.config import RunConfig
 from echelon.failures import RunFailed, first_cause, names
 from echelon.files import RowFollower
 from echelon.interrupts import Interrupts
+from echelon.launch.base import Launcher, RunningRole, Site
+from echelon.launch.modules import BROKER, LEARNER, PREPARE
 from echelon.observer import Observer
-from echelon.processes import Child, wait_all
+from echelon.processes import wait_all
 from echelon.progress import Progress
 from echelon.replacements import MAX_RESTARTS, Replacements
-from echelon.roster import BROKER, LEARNER, PREPARE, Roster
-from echelon.run_folder import RunFolder
+from echelon.roster import Roster
 from echelon.view import View
 from echelon.wandb_sink import WandbSink
 from echelon.watchdog import Watchdog
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.1
 BROKER_START_S = 60.0
 SETTLE_S = 1.5
+NOTE_WAIT_S = 10.0
 GRACE_S = 10.0
 END_S = 60.0
 ENGINE_NAMES = {"vllm": "vLLM", "small": "the small engine"}
@@ -37,28 +38,27 @@ class Supervisor:
 
     def __init__(
         self,
-        config: RunConfig,
-        folder: RunFolder,
-        root: Path,
+        site: Site,
+        launcher: Launcher,
         progress: Progress,
         view: View,
         wandb: WandbSink,
-        memory_dir: Path | None = None,
     ) -> None:
-        self._config = config
-        self._folder = folder
+        self._config, self._folder = site.config, site.folder
         self._progress = progress
         self._view = view
         self._wandb = wandb
-        self._roster = Roster(folder, config, root, memory_dir)
+        self._roster = Roster(site, launcher)
+        self._needed_workers = launcher.needed_workers(site.config)
         self._interrupts = Interrupts(at_once=self._roster.kill)
         self._observer: Observer | None = None
-        self._follower = RowFollower(folder.metrics_file)
+        self._follower = RowFollower(site.folder.metrics_file)
         self._ready: set[str] = set()
         self._progress_at = self._status_at = time.monotonic()
-        self._watchdog = Watchdog(self._roster, folder.log_file("watchdog"))
-        self._replacements = Replacements(config.rollout.drain_s + GRACE_S)
+        self._watchdog = Watchdog(self._roster, site.folder.log_file("watchdog"))
+        self._replacements = Replacements(site.config.rollout.drain_s + GRACE_S)
         self._refusal = ""
+        self._noted_waits: set[str] = set()
 
     def run(self) -> int:
         """Returns: 0 when the run has finished. Raises: RunFailed; Interrupted. No process is left either way."""
@@ -119,6 +119,9 @@ class Supervisor:
             self._note_ready()
             self._check_deadlines()
         self._enter("finishing")
+        for child in self._roster.children.values():
+            if child.waits_for():
+                child.kill()
         if not wait_all(self._roster.children.values(), END_S):
             late = [child.name for child in self._roster.children.values() if child.exit_code() is None]
             self._view.note(f"{names(late)} did not end with the run: stopped")
@@ -168,10 +171,12 @@ class Supervisor:
             self._ready |= present
             self._progress_at = time.monotonic()
         self._progress_at = max(self._progress_at, self._status_at - status.last_progress_s)
+        self._note_waits()
         missing = self._missing()
         if missing:
             self._enter(f"starting {names([self._title(name) for name in missing])}")
         else:
+            self._needed_workers = 1  # it has begun: whoever is lost from now on may wait for another place
             self._enter("finishing" if status.phase in ("finishing", "finished") else "training")
 
     def _learner_is_present(self, status: Status) -> bool:
@@ -186,8 +191,23 @@ class Supervisor:
         return child is None or silent_s < time.monotonic() - child.started
 
     def _missing(self) -> list[str]:
-        """Roles that have been started and are not ready."""
-        return [name for name in self._roster.children if name not in (*self._ready, BROKER)]
+        """Roles that have been started and are not ready; whoever waits for a place is missing only where needed."""
+        children = self._roster.children
+        workers = len(self._ready & children.keys() - {LEARNER})
+        missing = [name for name in children if name not in (*self._ready, BROKER)]
+        return [
+            name
+            for name in missing
+            if name == LEARNER or workers < self._needed_workers or not children[name].waits_for()
+        ]
+
+    def _note_waits(self) -> None:
+        """Says once of each role that it has no place yet."""
+        for child in self._roster.children.values():
+            is_late = time.monotonic() - child.started > NOTE_WAIT_S and child.name not in self._noted_waits
+            if is_late and (wish := child.waits_for()):
+                self._view.note(f"{child.name} waits for a place: {wish}")
+                self._noted_waits.add(child.name)
 
     def _title(self, name: str) -> str:
         engine = ENGINE_NAMES[self._config.rollout.engine]
@@ -196,10 +216,12 @@ class Supervisor:
     def _check_deadlines(self) -> None:
         limit = self._config.rollout.start_timeout_s
         missing = self._missing()
-        for child in (self._roster.children[name] for name in missing):
-            if time.monotonic() - child.started > limit:
-                self._report()
-                raise RunFailed(f"{child.name} did not become ready within {limit:.0f} s (log: {child.log})")
+        late = [child for name in missing if time.monotonic() - (child := self._roster.children[name]).started > limit]
+        for child in sorted(late, key=lambda child: not child.waits_for()):
+            if wish := child.waits_for():
+                raise RunFailed(f"{child.name} got no place within {limit:.0f} s: {wish}")
+            self._report()
+            raise RunFailed(f"{child.name} did not become ready within {limit:.0f} s (log: {child.log})")
         silent_s = time.monotonic() - self._progress_at
         if not missing and silent_s > self._config.watchdog_s:
             raise RunFailed(
@@ -228,7 +250,7 @@ class Supervisor:
             else:
                 raise first_cause(self._roster.children.values(), self._folder.logs)
 
-    def _may_end(self, child: Child) -> bool:
+    def _may_end(self, child: RunningRole) -> bool:
         """Once the broker has said that the run is over, all may leave in any order."""
         status = self._progress.status
         over = status is not None and status.phase in ("finishing", "finished")
@@ -237,11 +259,11 @@ class Supervisor:
             return True
         return child.exit_code() == 0 and (over or any(other and other.exit_code() == 0 for other in others))
 
-    def _may_restart(self, child: Child) -> bool:
+    def _may_restart(self, child: RunningRole) -> bool:
         may_return = self._is_worker_of_a_living_run(child) or self._goes_on_from_disk(child)
         return may_return and self._replacements.may_restart(child.name)
 
-    def _goes_on_from_disk(self, child: Child) -> bool:
+    def _goes_on_from_disk(self, child: RunningRole) -> bool:
         """Broker and learner go on from what they have written down, unless they ended for a reason of their own.
 
         Where one rank of the learner was killed, the others' reports are its consequences.
@@ -250,12 +272,12 @@ class Supervisor:
         has_begun = child.name == BROKER or (child.name == LEARNER and LEARNER in self._ready)
         return has_begun and (child.killed_by() is not None or not for_a_reason)
 
-    def _may_go_without(self, child: Child) -> bool:
+    def _may_go_without(self, child: RunningRole) -> bool:
         """Too slow too often; as long as another works, that is no reason to end the run."""
         others = [name for name in self._roster.children if name not in (BROKER, LEARNER, child.name)]
         return self._is_worker_of_a_living_run(child) and child.name in self._replacements.drained and bool(others)
 
-    def _is_worker_of_a_living_run(self, child: Child) -> bool:
+    def _is_worker_of_a_living_run(self, child: RunningRole) -> bool:
         essential = [self._roster.children.get(role) for role in (BROKER, LEARNER)]
         return (
             child.name not in (BROKER, LEARNER)
@@ -263,13 +285,14 @@ class Supervisor:
             and all(other is not None and other.exit_code() is None for other in essential)
         )
 
-    def _restart(self, child: Child) -> None:
+    def _restart(self, child: RunningRole) -> None:
         count = self._replacements.restarted(child.name)
         self._view.note(f"{child.name} {self._why_gone(child)}: starting it again ({count} of {MAX_RESTARTS})")
         self._ready.discard(child.name)
+        self._noted_waits.discard(child.name)
         self._roster.restart(child)
 
-    def _why_gone(self, child: Child) -> str:
+    def _why_gone(self, child: RunningRole) -> str:
         reason = self._replacements.drained.get(child.name)
         return child.how_it_ended() if reason is None else f"was sent away ({reason})"
 

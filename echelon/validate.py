@@ -31,6 +31,7 @@ def validate(config: RunConfig) -> None:
         _check_learner,
         _check_keep_best,
         _check_bus,
+        _check_weights,
         _check_scheduling,
     )
     for check in checks:
@@ -113,6 +114,18 @@ def _check_bus(config: RunConfig) -> None:
             f"bus.peer_timeout_s is {bus.peer_timeout_s:g}, too short for a heartbeat every bus.heartbeat_s="
             f"{bus.heartbeat_s:g} s: allow at least twice as long"
         )
+
+
+def _check_weights(config: RunConfig) -> None:
+    backend, folder, address = config.weights.backend, config.weights.folder, config.bus.address
+    if backend == "shm" and address.startswith("tcp://"):
+        raise ValueError(
+            f"weights.backend is shm, for one machine, but bus.address={address} serves others: set it to bus or file"
+        )
+    if folder and backend != "file":
+        raise ValueError(f"weights.folder is {folder}, but only weights.backend=file uses one: it is {backend}")
+    if folder and not Path(folder).is_dir():
+        raise ValueError(f"weights.folder is {folder}: no such folder; it must be the same one on every machine")
 
 
 def _check_scheduling(config: RunConfig) -> None:

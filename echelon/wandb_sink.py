@@ -14,6 +14,8 @@ import msgspec
 
 from echelon.config import RunConfig, WandbConfig
 from echelon.files import RowFollower
+from echelon.git_state import git_state
+from echelon.packages import package_root
 from echelon.progress import Row
 from echelon.run_folder import RunFolder
 
@@ -25,13 +27,18 @@ COLUMNS: list[Any] = ["step", "prompt", "completion", "reward", "truncated", "ve
 
 
 class WandbSink:
-    """Gets the rows of metrics.jsonl as they come; `wandb.mode=disabled` imports nothing."""
+    """Gets the rows of metrics.jsonl as they come; `wandb.mode=disabled` imports nothing.
+
+    A run is one run of wandb's, under its own id: resumed, it goes on there. A row and its samples go out in one call,
+    for wandb takes nothing about a step once it has heard of the next one.
+    """
 
     def __init__(self, config: RunConfig, folder: RunFolder, run_id: str) -> None:
         self._config = config
         self._folder = folder
         self._run_id = run_id
         self._samples = RowFollower(folder.samples_file)
+        self._samples_of: dict[int, list[Row]] = {}
         self._queue: queue.SimpleQueue[Sequence[Row] | None] = queue.SimpleQueue()
         self._warnings: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -67,10 +74,13 @@ class WandbSink:
     def _serve(self) -> None:
         try:
             run = self._init()
+            known = run.step if run.resumed else 0
             while (rows := self._queue.get()) is not None:
+                for sample in self._samples.new_rows():  # they were written before their row
+                    self._samples_of.setdefault(sample["step"], []).append(sample)
                 for row in rows:
-                    run.log(_without_step(row), step=row["step"])
-                self._log_samples(run)
+                    if row["step"] >= known:
+                        run.log(self._values(row), step=row["step"])
             run.finish()
         except BaseException as error:  # whatever wandb raises, SystemExit included, the run goes on
             logger.debug("wandb failed", exc_info=True)
@@ -91,24 +101,23 @@ class WandbSink:
             id=self._run_id,
             resume="allow",
             dir=str(self._folder.path),
-            config=msgspec.to_builtins(self._config),
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60, disable_git=True),
+            config=msgspec.to_builtins(self._config) | {"git": git_state(package_root())},
+            settings=wandb.Settings(silent=True, console="off", init_timeout=60, git_root=str(package_root())),
         )
 
-    def _log_samples(self, run: Any) -> None:
+    def _values(self, row: Row) -> Row:
+        """A step's figures, and a table of its samples every so many steps."""
         every = self._config.wandb.samples_every
-        due = [row for row in self._samples.new_rows() if every > 0 and row["step"] % every == 0]
-        if not due:
-            return
+        for step in [step for step in self._samples_of if step < row["step"]]:
+            del self._samples_of[step]
+        samples = self._samples_of.get(row["step"], [])[:SAMPLES_PER_TABLE]
+        values = {name: value for name, value in row.items() if name != "step"}
+        if not samples or every == 0 or row["step"] % every:
+            return values
         import wandb
 
         decode = text_decoder(self._folder)
-        by_step: dict[int, list[Row]] = {}
-        for row in due:
-            by_step.setdefault(row["step"], []).append(row)
-        for step, rows in by_step.items():
-            table = wandb.Table(columns=COLUMNS, data=[_cells(row, decode) for row in rows[:SAMPLES_PER_TABLE]])
-            run.log({"samples": table}, step=step)
+        return values | {"samples": wandb.Table(columns=COLUMNS, data=[_cells(each, decode) for each in samples])}
 
 
 def has_api_key() -> bool:
@@ -140,7 +149,3 @@ def text_decoder(folder: RunFolder) -> Callable[[Sequence[int]], str]:
 def _cells(row: Row, decode: Callable[[Sequence[int]], str]) -> list[Any]:
     versions = ", ".join(map(str, row["versions"]))
     return [row["step"], row["prompt"], decode(row["token_ids"]), row["reward"], row["truncated"], versions]
-
-
-def _without_step(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name != "step"}

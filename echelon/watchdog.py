@@ -1,37 +1,23 @@
 """What is said of a run that makes no progress: who holds it up, and where each role stands."""
 
-import contextlib
-import os
-import signal
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from databus.messages import Status, WorkerStatus
-from echelon.processes import Child
-from echelon.roster import BROKER, Roster
+from echelon.launch.base import RunningRole
+from echelon.launch.modules import BROKER
+from echelon.processes import RoleProcess
+from echelon.roster import Roster
 
 STACKS_S = 5.0
 """How long a role may take to write its stacks."""
 WRITING_S = 0.5
-BETWEEN_S = 0.1
 SILENT_S = 5.0
 """A broker or worker that has not been heard for longer is worth a word, whatever its heartbeat."""
 MAX_STACK_BYTES = 64 << 10
-
-
-@dataclass(frozen=True)
-class RoleProcess:
-    """A role's process as the kernel sees it. state: of psutil, such as `sleeping` and `stopped`."""
-
-    role: str
-    pid: int
-    state: str
-    cpu_s: float
-    memory_bytes: int
 
 
 class Watchdog:
@@ -47,33 +33,24 @@ class Watchdog:
         Args: status: the broker's newest, and its age in seconds.
         """
         children = [child for child in self._roster.children.values() if child.exit_code() is None]
-        processes = list(look_at(self._roster))
+        processes = self._roster.look()
         cause = diagnose(processes, status, status_age_s)
         sections = [cause, *map(_process_line, processes), _status_text(status, status_age_s)]
         sections += self._stacks(children)
         self._file.write_text("\n\n".join(sections) + "\n")
         return f"{cause} (report: {self._file})"
 
-    def _stacks(self, children: Sequence[Child]) -> list[str]:
+    def _stacks(self, children: Sequence[RunningRole]) -> list[str]:
         """What each role's log got from being asked."""
-        before = {child.name: child.log.stat().st_size for child in children}
-        for pid in self._roster.stack_processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
-            time.sleep(BETWEEN_S)  # a worker and its scoring processes write to one log
+        before = {child.name: _size(child.log) for child in children}
+        self._roster.ask_for_stacks()
         deadline = time.monotonic() + STACKS_S
-        while time.monotonic() < deadline and any(c.log.stat().st_size == before[c.name] for c in children):
+        while time.monotonic() < deadline and any(_size(c.log) == before[c.name] for c in children):
+            for child in children:
+                child.exit_code()  # brings the log of one that is elsewhere
             time.sleep(0.1)
         time.sleep(WRITING_S)  # the last of them may be at it still
         return [f"stacks of {child.name}:\n{_read_from(child.log, before[child.name])}" for child in children]
-
-
-def look_at(roster: Roster) -> Iterable[RoleProcess]:
-    for name, pid in roster.role_processes():
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            times = process.cpu_times()
-            yield RoleProcess(name, pid, process.status(), times.user + times.system, process.memory_info().rss)
 
 
 def diagnose(processes: Sequence[RoleProcess], status: Status | None, status_age_s: float) -> str:
@@ -142,7 +119,14 @@ def _learner(status: Status) -> str:
     return "waits for a batch" if status.requested else "asks for no batch"
 
 
+def _size(log: Path) -> int:
+    """0 before there is one: a role that waits for a place has not said anything."""
+    return log.stat().st_size if log.exists() else 0
+
+
 def _read_from(log: Path, offset: int) -> str:
+    if not log.exists():
+        return "nothing: it has not started"
     with log.open("rb") as file:
         file.seek(offset)
         return file.read(MAX_STACK_BYTES).decode(errors="replace").strip() or "nothing: it does not answer signals"

@@ -1,5 +1,6 @@
 """The learner's end of the bus: what the trainer needs of a connection, and waiting for one answer."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -45,16 +46,22 @@ class BrokerLink:
         self._bus = bus
         self._stopped = False
         self._said: dict[type[Struct], Struct] = {}
+        self._telling = threading.Lock()
 
     def send(self, message: Struct) -> None:
-        """Tell the broker something; the last of each kind is told again with every question that is asked again."""
-        self._said[type(message)] = message
-        self._bus.send(message)
+        """Tell the broker something; the last of each kind is told again with every question that is asked again.
+
+        From any thread: versions are published from one of their own.
+        """
+        with self._telling:
+            self._said[type(message)] = message
+            self._bus.send(message)
 
     def _say_again(self) -> None:
         """A message may have been lost; the broker ignores copies."""
-        for message in self._said.values():
-            self._bus.send(message)
+        with self._telling:
+            for message in self._said.values():
+                self._bus.send(message)
 
     def request(
         self,

@@ -36,6 +36,8 @@ def names_function(estimator: str) -> bool:
 def _wrong_settings(config: LearnerConfig, batch_groups: int) -> Iterator[str]:
     if not all(0 <= beta < 1 for beta in config.betas):
         yield f"learner.betas is {list(config.betas)}: both must be at least 0 and below 1"
+    if config.ranks % config.nodes:
+        yield f"learner.ranks is {config.ranks} and learner.nodes {config.nodes}: each node has as many ranks"
     if config.minibatches > batch_groups:
         yield f"learner.minibatches is {config.minibatches}, but a batch has only batch_groups={batch_groups} groups"
     estimator = config.advantage.estimator

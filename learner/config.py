@@ -106,7 +106,7 @@ class ApolloConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The learner: `ranks` processes, FSDP2.
+    """The learner: `ranks` processes, FSDP2, evenly on `nodes` machines; several take `echelon run --on`.
 
     dtype: compute dtype; masters, gradients' reduction and optimizer state stay in fp32.
     lr, warmup_steps, schedule: peak rate, linear warm-up, then `constant`, `linear` or `cosine` to zero.
@@ -138,6 +138,7 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     ranks: PositiveInt = 1
+    nodes: PositiveInt = 1
     minibatches: PositiveInt = 1
     microbatch_tokens: PositiveInt = 4096
     logprob_chunk_tokens: PositiveInt = 2048

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Protocol
@@ -12,7 +12,9 @@ from typing import Literal, Protocol
 import torch
 import torch.distributed as dist
 
+from databus.config import WeightsConfig
 from databus.keys import ServerKeys
+from databus.messages import VersionPublished
 from learner.adapter_snapshot import AdapterSnapshotter
 from learner.advantage_function import AdvantageFunction
 from learner.batch import BatchFeed
@@ -24,11 +26,11 @@ from learner.config import LearnerConfig
 from learner.memory_copies import MemoryCopies
 from learner.model import ModelOptions, PolicyModel, build_model, hidden_matrices
 from learner.optimizer import build_optimizer, resume_schedule
+from learner.outlet import make_outlet
+from learner.publisher import Publisher, WholePublisher, make_publisher
 from learner.reference import build_reference
-from learner.snapshot import Snapshotter
 from learner.train_step import TrainStep
 from learner.trainer import FirstRank, Trainer
-from learner.weights_out import WeightServer
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class LearnerRun:
     long to wait for one batch. end_timeout_s: how long after the last step the broker may take to end the run.
     collective_timeout_s: how long a rank waits for the others. advantage_function: the one that `advantage.estimator`
     names, if it names one. probe: token ids of fixed texts, at least two each, whose log-probabilities go with every
-    version; empty where engines have no mismatch gate.
+    version; empty where engines have no mismatch gate. weights_dir: where versions go that are published as files; no
+    other run may use it.
     """
 
     model: str
@@ -67,6 +70,8 @@ class LearnerRun:
     collective_timeout_s: float = 600.0
     advantage_function: AdvantageFunction | None = None
     probe: tuple[tuple[int, ...], ...] = ()
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    weights_dir: Path | None = None
 
 
 def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[int], ClosableBus]) -> None:
@@ -140,9 +145,10 @@ def _connect(
 ) -> FirstRank:
     bus = bus_factory(start_step)
     stack.callback(bus.close)
-    weights = WeightServer(run.bus_address, keep=max(MIN_KEPT_VERSIONS, run.max_staleness + 2), keys=run.weight_keys)
-    stack.callback(weights.close)
-    return FirstRank(broker=BrokerLink(bus), weights=weights)
+    keep = max(MIN_KEPT_VERSIONS, run.max_staleness + 2)
+    outlet = make_outlet(run.weights, run.bus_address, keep, run.weight_keys, run.weights_dir)
+    stack.callback(outlet.close)
+    return FirstRank(broker=BrokerLink(bus), outlet=outlet)
 
 
 def _build(
@@ -150,6 +156,8 @@ def _build(
 ) -> Trainer:
     policy, train_step = build_train_step(config, run, start_step)
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    publisher = _publisher(policy, run, first_rank)
+    stack.callback(publisher.close)
     broker = None if first_rank is None else first_rank.broker
     return Trainer(
         config=config,
@@ -160,7 +168,7 @@ def _build(
         policy=policy,
         train_step=train_step,
         feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
-        snapshotter=_snapshotter(policy, run, rank),
+        publisher=publisher,
         saver=_saver(config, run, stack),
         copies=_copies(config, run, start_step, stack),
         first_rank=first_rank,
@@ -168,10 +176,15 @@ def _build(
     )
 
 
-def _snapshotter(policy: PolicyModel, run: LearnerRun, rank: int) -> Snapshotter | AdapterSnapshotter:
+def _publisher(policy: PolicyModel, run: LearnerRun, first_rank: FirstRank | None) -> Publisher:
+    def say(message: VersionPublished) -> None:
+        if first_rank is not None:
+            first_rank.broker.send(message)
+
+    outlet = None if first_rank is None else first_rank.outlet
     if policy.lora is not None:
-        return AdapterSnapshotter(policy.lora, rank)
-    return Snapshotter(policy.causal_lm, run.serving_dtype, rank)
+        return WholePublisher(AdapterSnapshotter(policy.lora, dist.get_rank()), outlet, say)
+    return make_publisher(policy.causal_lm, run.serving_dtype, run.weights, outlet, say, run.collective_timeout_s)
 
 
 def _saver(config: LearnerConfig, run: LearnerRun, stack: ExitStack) -> CheckpointSaver:

@@ -5,8 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from databus.messages import Position, PositionRequest, StepDone, VersionPublished
-from learner.adapter_snapshot import AdapterSnapshotter
+from databus.messages import Position, PositionRequest, StepDone
 from learner.batch import BatchFeed
 from learner.bus import BrokerLink
 from learner.checkpoint import state_tensors
@@ -15,10 +14,10 @@ from learner.checkpoint_saver import CheckpointSaver
 from learner.config import LearnerConfig
 from learner.memory_copies import MemoryCopies
 from learner.model import PolicyModel
+from learner.outlet import Outlet
 from learner.probe import score_probe
-from learner.snapshot import Snapshotter
+from learner.publisher import Publisher
 from learner.train_step import TrainStep
-from learner.weights_out import WeightServer
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +26,10 @@ POSITION_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class FirstRank:
-    """What only rank 0 has: the connection to the broker, and the weight server."""
+    """What only rank 0 has: the connection to the broker, and where versions are put for workers to fetch."""
 
     broker: BrokerLink
-    weights: WeightServer
+    outlet: Outlet
 
 
 @dataclass(kw_only=True)
@@ -49,7 +48,7 @@ class Trainer:
     policy: PolicyModel
     train_step: TrainStep
     feed: BatchFeed
-    snapshotter: Snapshotter | AdapterSnapshotter
+    publisher: Publisher
     saver: CheckpointSaver
     copies: MemoryCopies | None
     first_rank: FirstRank | None
@@ -59,10 +58,12 @@ class Trainer:
     def run(self) -> None:
         """Raises: RunStoppedError; RuntimeError."""
         self._publish(self.start_step)
+        self.publisher.wait()
         for step in range(self.start_step, self.config.steps):
             self._run_step(step)
             if self._checkpoint_due(step + 1):
                 self._save(step + 1)
+        self.publisher.wait()
         self.saver.wait()
 
     def serve_until_stopped(self, timeout_s: float) -> None:
@@ -81,6 +82,8 @@ class Trainer:
         got = time.perf_counter()
         metrics = self.train_step(groups, step)
         trained = time.perf_counter()
+        self.publisher.wait()
+        metrics |= self.publisher.metrics()
         # Weights before metrics: workers wait for the former, nobody for the latter.
         self._publish(step + 1)
         metrics["learner/wait_s"] = waited_s
@@ -94,14 +97,7 @@ class Trainer:
 
     def _publish(self, version: int) -> None:
         probe = score_probe(self.policy, self.probe, self.config.microbatch_tokens) if self.probe else None
-        snapshot = self.snapshotter.take(version, probe)
-        if self.first_rank is None or snapshot is None:
-            return
-        weights = self.first_rank.weights
-        weights.publish(snapshot)
-        self.first_rank.broker.send(
-            VersionPublished(version=version, address=weights.address, num_bytes=snapshot.manifest.num_bytes)
-        )
+        self.publisher.publish(version, probe)
 
     def _checkpoint_due(self, steps_done: int) -> bool:
         every = self.config.checkpoint_every
@@ -109,6 +105,8 @@ class Trainer:
 
     def _save(self, steps_done: int) -> None:
         began = time.perf_counter()
+        # The position says which versions are to be evaluated, so the broker is to know of this one.
+        self.publisher.wait()
         # Asked before the next batch is: the journal's new segment begins with the state of this step. Older ones go by
         # the checkpoints that are complete, and this one is not.
         state = self._state(steps_done, self._position(steps_done))

@@ -4,17 +4,17 @@ import logging
 import shutil
 import tempfile
 import threading
-from collections import OrderedDict
 from pathlib import Path
 
 import msgspec
 import zmq
 
-from databus.codec import MalformedMessage, decode_header, encode_header
+from databus.codec import Frame, MalformedMessage, decode_header, encode_header
 from databus.curve import Doorkeeper
 from databus.keys import ServerKeys
 from databus.messages import Chunk, ChunkRequest, FromWeightServer, ManifestRequest, ToWeightServer, VersionGone
 from databus.transport import make_socket
+from learner.kept_versions import KeptVersions
 from learner.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ NONE_KEPT = -1
 
 
 class WeightServer:
-    """Serves the newest versions from a thread with a ROUTER socket of its own; never blocks its caller.
+    """An `Outlet`: serves the newest versions from a thread with a ROUTER socket of its own; never blocks its caller.
 
     Requests that make no sense are ignored and counted, as are answers that a peer does not take.
     """
@@ -38,10 +38,10 @@ class WeightServer:
         Args: keep: versions kept, at least 1. keys: None for plain text.
         Raises: zmq.ZMQError if nothing can be bound.
         """
+        self.keeps_data = True
         self.malformed_requests = 0
         self.undelivered_answers = 0
-        self._keep = keep
-        self._snapshots: OrderedDict[int, Snapshot] = OrderedDict()
+        self._versions = KeptVersions(keep)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._folder: Path | None = None
@@ -58,9 +58,7 @@ class WeightServer:
     def publish(self, snapshot: Snapshot) -> None:
         """Serve one more version from now on; the oldest beyond `keep` is forgotten."""
         with self._lock:
-            self._snapshots[snapshot.manifest.version] = snapshot
-            while len(self._snapshots) > self._keep:
-                self._snapshots.popitem(last=False)
+            self._versions.add(snapshot)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Stop serving within `timeout_s` and remove what was created. Harmless when called again."""
@@ -106,20 +104,20 @@ class WeightServer:
             return
         self._send(peer, *self._reply(request))
 
-    def _reply(self, request: ToWeightServer) -> tuple[FromWeightServer | None, memoryview | None]:
+    def _reply(self, request: ToWeightServer) -> tuple[FromWeightServer | None, Frame | None]:
         with self._lock:
-            snapshot = self._snapshots.get(request.version)
-            newest = next(reversed(self._snapshots), NONE_KEPT)
-        if snapshot is None:
-            return VersionGone(version=request.version, newest=newest), None
+            newest = self._versions.newest
+            manifest = self._versions.manifest(request.version)
+            snapshot = self._versions.get(request.version)
         match request:
-            case ManifestRequest():
-                return snapshot.manifest, None
-            case ChunkRequest():
-                data = snapshot.chunk(request.index)
-                return (None, None) if data is None else (Chunk(version=request.version, index=request.index), data)
+            case ManifestRequest() if manifest is not None:
+                return manifest, None
+            case ChunkRequest(index=index, delta=delta) if snapshot is not None:
+                data = snapshot.delta_chunk(index) if delta else snapshot.chunk(index)
+                return (None, None) if data is None else (_chunk(request), data)
+        return VersionGone(version=request.version, newest=NONE_KEPT if newest is None else newest), None
 
-    def _send(self, peer: bytes, reply: FromWeightServer | None, data: memoryview | None) -> None:
+    def _send(self, peer: bytes, reply: FromWeightServer | None, data: Frame | None) -> None:
         if reply is None:
             self.malformed_requests += 1
             return
@@ -129,6 +127,10 @@ class WeightServer:
         except zmq.ZMQError as error:  # the peer has gone, or takes nothing: it will ask again
             self.undelivered_answers += 1
             logger.debug("answer to %r not delivered: %s", peer, error)
+
+
+def _chunk(request: ChunkRequest) -> Chunk:
+    return Chunk(version=request.version, index=request.index, delta=request.delta)
 
 
 _decoder = msgspec.msgpack.Decoder(ToWeightServer)

@@ -68,6 +68,24 @@ class GateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.max_kl > 0
 
 
+class UpdateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What becomes of requests in flight when a new version is served, and when it is.
+
+    kv: `keep`: they go on with the KV cache that the old version computed (fastest; their later tokens are of the new
+        version on the old one's context). `recompute`: their cache is dropped, and computed again by the new version:
+        every token is of its version's weights alone. `drain`: they end under the old version, others wait meanwhile.
+    drain_s: how long `drain` waits; what runs still is then recomputed.
+    delay: `none`: a version is served as soon as it is there. `longest`: not before the groups have ended that were
+        under way when it came, as far as `max_staleness` allows and while the engine is full.
+    delay_s: longest delay.
+    """
+
+    kv: Literal["keep", "recompute", "drain"] = "keep"
+    drain_s: PositiveFloat = 120.0
+    delay: Literal["none", "longest"] = "none"
+    delay_s: PositiveFloat = 30.0
+
+
 class EnvironmentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Episodes of several turns: after each turn of the model an environment answers, until it is done.
 
@@ -112,6 +130,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     enforce_eager: skip vLLM's graph capture and compilation (faster start, slower steps).
     reasoning: budgets within `max_tokens`, which must have room for thinking, its end and the solution.
     gate: how far engine and learner may differ about a version that is to be served.
+    update: when a new version is served, and what requests in flight keep of the old one.
     environment: what answers the model between its turns; budgets of reasoning are then those of each turn.
     """
 
@@ -132,6 +151,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     start_timeout_s: PositiveFloat = 600.0
     reasoning: ReasoningConfig = ReasoningConfig()
     gate: GateConfig = GateConfig()
+    update: UpdateConfig = UpdateConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
 
 

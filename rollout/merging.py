@@ -18,7 +18,7 @@ from rollout.base_weights import BaseWeights
 from rollout.engine.base import Snapshot
 from rollout.engine.tensors import DTYPES, tensors
 from rollout.versions import Pull
-from rollout.weights_in import PullError
+from rollout.weight_source import PullError
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,12 @@ class MergingPull:
         # Outside of `weights` all versions are alike, the folder's included, which is version 0.
         base_version, self._merged_version = self._merged_version, pulled.version
         return Snapshot(
-            version=pulled.version, manifest=manifest, fd=fd, base_version=base_version, changed=frozenset(weights)
+            version=pulled.version,
+            manifest=manifest,
+            fd=fd,
+            base_version=base_version,
+            changed=frozenset(weights),
+            received_bytes=pulled.received_bytes,
         )
 
 

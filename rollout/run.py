@@ -44,7 +44,7 @@ class RunFailedError(Exception):
 class WorkerRun:
     """model: folder or hub id; the initial policy, version 0. reward_dir: what a reward's path is relative to.
 
-    pull: fetches a version from where it was announced.
+    pull: fetches a version from where it was announced. max_staleness: of the run.
     """
 
     model: str
@@ -53,6 +53,7 @@ class WorkerRun:
     reward_dir: Path
     draft: DraftConfig = field(default_factory=DraftConfig)
     pull: Pull = pull_snapshot
+    max_staleness: int = 0
 
 
 async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun, make_client: MakeClient) -> None:
@@ -106,6 +107,8 @@ async def _serve(
             ahead=config.ahead,
             pull=MergingPull(run.pull, run.model, config.dtype),
             drain_s=config.drain_s,
+            update=config.update,
+            max_staleness=run.max_staleness,
         )
         on_signal.append(lambda number: _told(worker, number))
         stop = await worker.run()

@@ -8,8 +8,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 from databus.messages import VersionAnnounced, VersionApplied, VersionRefused
+from rollout.config import UpdateConfig
+from rollout.delay import Delay
 from rollout.engine.base import Engine, GateRefused, Snapshot, UpdateFailed
-from rollout.weights_in import PullError, VersionGoneError, pull_snapshot
+from rollout.weight_source import PullError, VersionGoneError
+from rollout.weights_in import pull_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +26,11 @@ Tell = Callable[[VersionApplied | VersionRefused], None]
 class VersionFollower:
     """Generation goes on while a version is pulled; versions that are overtaken meanwhile are never pulled."""
 
-    def __init__(self, engine: Engine, tell: Tell, pull: Pull = pull_snapshot) -> None:
+    def __init__(self, engine: Engine, tell: Tell, pull: Pull = pull_snapshot, delay: Delay | None = None) -> None:
         """Args: tell: told of every version that the engine serves from now on, before any group that has it, and of
-        those that it has refused."""
+        those that it has refused. delay: None: a version is served as soon as it is there."""
         self._engine = engine
+        self._delay = delay or Delay(UpdateConfig(), None)
         self._tell = tell
         self._pull = pull
         self._newest: VersionAnnounced | None = None
@@ -110,17 +114,26 @@ class VersionFollower:
         finally:
             stop.set()  # a cancelled task leaves its thread behind
         try:
+            delay_s = await self._delay.wait(self._engine.version, lambda: self._newest_of(target))
+            await self._engine.drain()  # what ends meanwhile is sent meanwhile
             async with self._switch:
                 report = await self._engine.update(snapshot)
                 self._tell(
                     VersionApplied(
                         version=target.version,
                         pause_s=report.pause_s,
-                        sync_s=time.monotonic() - started,
-                        received_bytes=target.num_bytes,
+                        sync_s=time.monotonic() - started - delay_s,
+                        received_bytes=(
+                            target.num_bytes if snapshot.received_bytes is None else snapshot.received_bytes
+                        ),
                         mismatch=report.mismatch,
+                        delay_s=delay_s,
                     )
                 )
         finally:
             snapshot.close()
-        logger.info("version %d applied, pause %.3f s", target.version, report.pause_s)
+        logger.info("version %d applied, pause %.3f s, put off %.1f s", target.version, report.pause_s, delay_s)
+
+    def _newest_of(self, target: VersionAnnounced) -> int:
+        newest = self._newest or target
+        return newest.version

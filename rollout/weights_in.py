@@ -1,52 +1,25 @@
-"""Pulls a policy version from the learner's weight server into anonymous shared memory.
+"""Pulls policy versions from the learner into anonymous shared memory: what differs, where an earlier one is held."""
 
-PullError
-└── VersionGoneError   the server keeps that version no longer; a newer one will be announced
-"""
-
-import contextlib
 import logging
 import mmap
 import os
 import threading
-import time
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import msgspec
-import zmq
+import numpy as np
 
-from databus.address import check_address
-from databus.codec import MalformedMessage, decode_header, encode_header
+from databus.codec import MalformedMessage
 from databus.keys import ClientKeys
-from databus.messages import Chunk, ChunkRequest, FromWeightServer, Manifest, ManifestRequest, VersionGone
-from databus.transport import is_ipv6, make_socket
+from databus.messages import Delta, Manifest
+from databus.version_hash import changed_tensors, same_layout, version_hash
 from rollout.engine.base import Snapshot
 from rollout.engine.tensors import first_mismatch
+from rollout.weight_source import DamagedError, PullLimits, VersionGoneError, WeightSource, open_source
 
 logger = logging.getLogger(__name__)
 
-OUTSTANDING_CHUNKS = 8
-MAX_MESSAGE_BYTES = 1 << 27
-POLL_MS = 100
-
-_decoder: "msgspec.msgpack.Decoder[FromWeightServer]" = msgspec.msgpack.Decoder(FromWeightServer)
-
-
-class PullError(Exception):
-    """A version could not be pulled; one line for a person."""
-
-
-class VersionGoneError(PullError):
-    """The server has dropped the version (or does not have it yet)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PullLimits:
-    """resend_s: an answer that has not come by then is asked for again. silence_s: without any, the pull fails."""
-
-    resend_s: float = 5.0
-    silence_s: float = 60.0
+WORD_DTYPES = {"float32": np.dtype("<u4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2")}
 
 
 def pull_snapshot(
@@ -57,112 +30,187 @@ def pull_snapshot(
     limits: PullLimits | None = None,
     keys: ClientKeys | None = None,
 ) -> Snapshot:
-    """Fetch `version`, check every tensor's xxh3, and return it; whoever gets it closes it. Blocks for seconds.
-
-    Args: num_bytes: its size as it was announced. stop: once set, the pull ends within a moment. keys: None for plain
-        text.
-    Raises: VersionGoneError; PullError for silence, a wrong answer, or a checksum that does not match; ValueError for
-        an address that the bus may not use.
-    """
-    context = zmq.Context()
-    socket = make_socket(context, zmq.DEALER, MAX_MESSAGE_BYTES, keys)
-    socket.setsockopt(zmq.IPV6, is_ipv6(address))
+    """One version, by one who holds none; as `Puller`."""
+    puller = Puller(limits, keys)
     try:
-        socket.connect(check_address(address, encrypted=keys is not None))
-        return _Pull(socket, version, num_bytes, stop, limits or PullLimits()).run()
-    except MalformedMessage as error:
-        raise PullError(f"version {version}: the weight server sent something malformed: {error}") from error
+        return puller(address, version, num_bytes, stop)
     finally:
-        context.destroy(linger=0)
+        puller.close()
 
 
-@dataclass
-class _Pull:
-    """One pull. A few chunks are outstanding at any time; each is asked for again when it stays out."""
+@dataclass(frozen=True)
+class _Held:
+    """A version that was pulled, and found to be what its manifest says; never written again."""
 
-    socket: zmq.Socket
-    version: int
-    num_bytes: int
-    stop: threading.Event
-    limits: PullLimits
-    _asked: dict[int, float] = field(default_factory=dict)
-    _heard: float = field(default_factory=time.monotonic)
+    manifest: Manifest
+    fd: int
 
-    def run(self) -> Snapshot:
-        manifest = self._manifest()
-        fd = os.memfd_create(f"weights-{self.version}", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, manifest.num_bytes)
-            with mmap.mmap(fd, manifest.num_bytes) as buffer:
-                self._fetch(manifest, buffer)
-                wrong = first_mismatch(manifest, buffer)
-            if wrong:
-                raise PullError(f"version {self.version}: tensor {wrong!r} does not match its checksum")
-        except BaseException:
-            os.close(fd)
-            raise
-        return Snapshot(version=self.version, manifest=manifest, fd=fd)
+    @property
+    def version(self) -> int:
+        return self.manifest.version
 
-    def _manifest(self) -> Manifest:
-        asked = 0.0
-        while True:
-            if time.monotonic() - asked > self.limits.resend_s:
-                self._send(ManifestRequest(version=self.version))
-                asked = time.monotonic()
-            match self._receive():
-                case (Manifest(version=self.version) as manifest, []):
-                    _check(manifest, self.num_bytes)
-                    return manifest
 
-    def _send(self, request: ManifestRequest | ChunkRequest) -> None:
-        """Where nobody takes it, as where the key was refused, the silence that follows ends the pull."""
-        with contextlib.suppress(zmq.Again):
-            self.socket.send(encode_header(request), zmq.DONTWAIT)
+class Puller:
+    """A `Pull` that keeps the version that it pulled last, and asks only for what differs from it.
 
-    def _fetch(self, manifest: Manifest, buffer: mmap.mmap) -> None:
-        missing = set(range(-(-manifest.num_bytes // manifest.chunk_bytes)))
-        while missing:
-            self._ask(missing)
-            match self._receive():
-                case (Chunk(version=self.version, index=index), [data]) if index in missing:
-                    start = index * manifest.chunk_bytes
-                    size = min(manifest.chunk_bytes, manifest.num_bytes - start)
-                    if data.nbytes != size:
-                        raise MalformedMessage(f"chunk {index} has {data.nbytes} bytes, expected {size}")
-                    buffer[start : start + size] = data
-                    missing.discard(index)
-                    self._asked.pop(index, None)
+    What is pulled is put together beside what is served, never in its place; a delta that does not fit, for whatever
+    reason, is followed by the whole version.
+    """
 
-    def _ask(self, missing: set[int]) -> None:
-        now = time.monotonic()
-        for index, asked in self._asked.items():
-            if now - asked > self.limits.resend_s:
-                logger.warning("version %d: chunk %d did not come; asking again", self.version, index)
-                self._request(index)
-        for index in sorted(missing - self._asked.keys())[: OUTSTANDING_CHUNKS - len(self._asked)]:
-            self._request(index)
+    def __init__(self, limits: PullLimits | None = None, keys: ClientKeys | None = None) -> None:
+        """Args: keys: None for plain text."""
+        self._limits = limits or PullLimits()
+        self._keys = keys
+        self._held: _Held | None = None
+        self._lock = threading.Lock()
 
-    def _request(self, index: int) -> None:
-        self._send(ChunkRequest(version=self.version, index=index))
-        self._asked[index] = time.monotonic()
+    def __call__(self, address: str, version: int, num_bytes: int, stop: threading.Event) -> Snapshot:
+        """Fetch `version`, check every tensor's xxh3, and return it; whoever gets it closes it. Blocks for seconds.
 
-    def _receive(self) -> tuple[Any, list[memoryview]] | None:
-        """The next answer; None if none came for a moment."""
-        silence = time.monotonic() - self._heard
-        if silence > self.limits.silence_s:
-            raise PullError(f"version {self.version}: the weight server has been silent for {silence:.0f} s")
-        if self.stop.is_set():
-            raise PullError(f"version {self.version}: given up")
-        if not self.socket.poll(POLL_MS):
+        Args: num_bytes: its size as it was announced. stop: once set, the pull ends within a moment.
+        Raises: VersionGoneError; PullError for silence, a wrong answer, or a checksum that does not match; ValueError
+            for an address that may not be used.
+        """
+        with self._lock:  # a pull that was given up may still be ending in its thread
+            try:
+                return self._pull(address, version, num_bytes, stop)
+            except MalformedMessage as error:
+                raise DamagedError(f"version {version}: the learner sent something malformed: {error}") from error
+
+    def close(self) -> None:
+        """Forget what is held. Harmless when called again."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._held is not None:
+            os.close(self._held.fd)
+        self._held = None
+
+    def _pull(self, address: str, version: int, num_bytes: int, stop: threading.Event) -> Snapshot:
+        with open_source(address, stop, self._limits, self._keys) as source:
+            manifest = source.manifest(version)
+            _check(manifest, num_bytes)
+            fd = self._fetch_from_held(source, manifest)
+            if fd is None:
+                fd = _fetch_whole(source, manifest)
+            received_bytes = source.received_bytes
+        base = None if self._held is None else self._held.manifest
+        self._drop()
+        self._held = _Held(manifest, os.dup(fd))
+        snapshot = Snapshot(version=version, manifest=manifest, fd=fd, received_bytes=received_bytes)
+        return snapshot if base is None or not same_layout(base, manifest) else _with_base(snapshot, base)
+
+    def _fetch_from_held(self, source: WeightSource, manifest: Manifest) -> int | None:
+        """A descriptor of the version, checked. None where what is held is no base of it, or that came to nothing: then
+        nothing is held any more. Raises: PullError."""
+        held = self._held
+        deltas = None if held is None else _from_base(manifest, held.manifest)
+        if held is None or deltas is None:
             return None
-        header, *frames = self.socket.recv_multipart(copy=False)
-        self._heard = time.monotonic()
-        message = decode_header(header.buffer, _decoder)
-        if isinstance(message, VersionGone) and message.version == self.version:
-            raise VersionGoneError(
-                f"version {self.version} is not kept by the learner, whose newest is {message.newest}"
+        try:
+            return _completed(source, manifest, deltas, _copied(held.fd, manifest))
+        except (DamagedError, MalformedMessage, VersionGoneError) as error:
+            logger.warning(
+                "version %d, from version %d: %s; pulling it in whole", manifest.version, held.version, error
             )
-        return message, [frame.buffer for frame in frames]
+            self._drop()
+            return None
+
+
+def _with_base(snapshot: Snapshot, base: Manifest) -> Snapshot:
+    return Snapshot(
+        version=snapshot.version,
+        manifest=snapshot.manifest,
+        fd=snapshot.fd,
+        base_version=base.version,
+        changed=changed_tensors(base, snapshot.manifest),
+        received_bytes=snapshot.received_bytes,
+    )
+
+
+def _fetch_whole(source: WeightSource, manifest: Manifest) -> int:
+    """A descriptor of the version, checked. Raises: PullError, MalformedMessage."""
+    deltas = [delta for delta in manifest.deltas if 0 <= manifest.whole_version <= delta.base_version]
+    fd = source.whole(manifest) if source.is_private() or not deltas else _copied_whole(source, manifest)
+    return _completed(source, manifest, deltas, fd)
+
+
+def _completed(source: WeightSource, manifest: Manifest, deltas: Sequence[Delta], fd: int) -> int:
+    """`fd` itself, once what it lacks is in it, and it is what the manifest says; where it is not, it is closed."""
+    try:
+        # All pages at once: one by one they would take as long as what is done with them. The map goes with the last
+        # array that has it: closed by hand it would object to one in a traceback.
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if deltas else 0)
+        buffer = mmap.mmap(fd, manifest.num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, access)
+        _put_in(source, manifest, deltas, buffer)
+        wrong = first_mismatch(manifest, buffer)  # of all: it takes a small part of the time that copying takes
+        if wrong:
+            raise DamagedError(f"version {manifest.version}: tensor {wrong!r} does not match its checksum")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _from_base(manifest: Manifest, base: Manifest) -> list[Delta] | None:
+    """The deltas from `base` to the version; None where there are none, or the whole is less to fetch."""
+    if not base.hash or not same_layout(base, manifest):
+        return None
+    if base.hash == manifest.hash:
+        return []
+    for index, delta in enumerate(manifest.deltas):
+        if (delta.base_version, delta.base_hash) == (base.version, base.hash):
+            way = list(manifest.deltas[index:])
+            is_less = sum(step.num_bytes for step in way) < _bytes_from_whole(manifest)
+            return way if is_less else None
+    return None
+
+
+def _bytes_from_whole(manifest: Manifest) -> int:
+    later = [delta.num_bytes for delta in manifest.deltas if delta.base_version >= manifest.whole_version]
+    return manifest.num_bytes + sum(later if manifest.whole_version >= 0 else [])
+
+
+def _copied_whole(source: WeightSource, manifest: Manifest) -> int:
+    shared = source.whole(manifest)
+    try:
+        return _copied(shared, manifest)
+    finally:
+        os.close(shared)
+
+
+def _copied(fd: int, manifest: Manifest) -> int:
+    """A copy that may be written to."""
+    copy = os.memfd_create(f"weights-{manifest.version}", os.MFD_CLOEXEC)
+    try:
+        done = 0
+        while done < manifest.num_bytes:  # at most 2 GiB at a time; the kernel need not clear the pages first
+            count = os.sendfile(copy, fd, done, manifest.num_bytes - done)
+            if not count:
+                raise DamagedError(f"version {manifest.version}: its base is cut short")
+            done += count
+    except BaseException:
+        os.close(copy)
+        raise
+    return copy
+
+
+def _put_in(source: WeightSource, manifest: Manifest, deltas: Sequence[Delta], buffer: mmap.mmap) -> None:
+    """Overwrite what differs. Raises: PullError, MalformedMessage."""
+    if not deltas:
+        return
+    # Numba is not to be in the process before vLLM's engine has started there, which takes its dispatcher apart.
+    from databus.delta import apply_chunk
+
+    dtypes = {spec.dtype for spec in manifest.tensors}
+    if len(dtypes) != 1 or not dtypes <= WORD_DTYPES.keys():
+        raise MalformedMessage(f"a delta between tensors of {', '.join(sorted(dtypes))}")
+    word = WORD_DTYPES[dtypes.pop()]
+    words = np.frombuffer(buffer, word, manifest.num_bytes // word.itemsize)
+    for delta in deltas:
+        for chunk in source.chunks(delta):
+            apply_chunk(chunk, words)
 
 
 def _check(manifest: Manifest, num_bytes: int) -> None:
@@ -173,3 +221,10 @@ def _check(manifest: Manifest, num_bytes: int) -> None:
     for spec in manifest.tensors:
         if spec.offset < 0 or spec.num_bytes < 0 or spec.offset + spec.num_bytes > manifest.num_bytes:
             raise MalformedMessage(f"tensor {spec.name!r} lies outside the manifest's {manifest.num_bytes} bytes")
+    if manifest.hash and manifest.hash != version_hash(manifest.tensors):
+        raise MalformedMessage("a manifest whose tensors are not those that its hash is of")
+    for one, other in zip(manifest.deltas, manifest.deltas[1:], strict=False):
+        if one.version != other.base_version:
+            raise MalformedMessage(f"a delta of version {other.base_version} after one to {one.version}")
+    if manifest.deltas and manifest.deltas[-1].version != manifest.version:
+        raise MalformedMessage(f"deltas to version {manifest.deltas[-1].version}")

@@ -6,7 +6,6 @@ It keeps nothing that cannot be lost: what it holds when it dies is leased again
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple, Protocol
@@ -34,6 +33,9 @@ from databus.messages import (
     VersionRefused,
     Welcome,
 )
+from rollout.config import UpdateConfig
+from rollout.credit import credit_groups
+from rollout.delay import Delay, Postponable
 from rollout.lease_work import LeaseWork, Outcome
 from rollout.leaving import Durations, nearly_done
 from rollout.versions import Pull, VersionFollower
@@ -83,14 +85,23 @@ class Worker:
         ahead: float = 0.0,
         pull: Pull = pull_snapshot,
         drain_s: float = DRAIN_S,
+        update: UpdateConfig = UpdateConfig(),  # noqa: B008
+        max_staleness: int = 0,
     ) -> None:
         """Args: ahead: groups to hold beyond those that `max_sequences` has room for, as a share of these.
-        drain_s: how long a worker that leaves goes on with what it has begun.
+        drain_s: how long a worker that leaves goes on with what it has begun. update, max_staleness: how long a new
+        version may be put off.
         """
         self._bus = bus
         self._capacity = credit_groups(max_sequences, group_size, ahead)
         self._work = work
-        self._versions = VersionFollower(work.engine, self._switched, pull)
+        room = credit_groups(max_sequences, group_size, ahead=0.0)
+        postponable = Postponable(
+            max_staleness=max_staleness,
+            under_way=lambda: self._in_engine,
+            is_full=lambda: len(self._in_engine) >= room,
+        )
+        self._versions = VersionFollower(work.engine, self._switched, pull, Delay(update, postponable))
         self._running: dict[str, asyncio.Task[None]] = {}
         self._unsettled: dict[str, _Unsettled] = {}
         self._in_engine: set[str] = set()
@@ -276,12 +287,6 @@ class Worker:
         if isinstance(message, VersionApplied):
             self._version = message.version
         self._bus.send(message)
-
-
-def credit_groups(max_sequences: int, group_size: int, ahead: float) -> int:
-    """How many groups a worker holds at once."""
-    room = max(1, max_sequences // group_size)
-    return room + math.ceil(ahead * room)
 
 
 async def _wait_while(waiting: Callable[[], bool], timeout_s: float) -> None:

@@ -17,7 +17,7 @@ MAY_IMPORT = {
 }
 HEAVY = {"torch", "vllm", "transformers", "datasets", "wandb"}
 HEAVY_FREE_PACKAGES = ("databus", "rewards")
-VLLM_INTERNALS_MAX = 8
+VLLM_INTERNALS_MAX = 11
 CONFIGURATION = ("databus.config", "rewards.config", "rollout.config", "learner.config", "echelon.config")
 BROKER = "echelon.roles.broker"
 MARK = "loaded:"
@@ -101,6 +101,10 @@ def test_the_services_client_and_command_load_nothing_heavy() -> None:
 def test_audit_loads_nothing_heavy() -> None:
     """Replay compares in a process without torch; the ranks that it starts have it."""
     assert not loaded_after("import echelon.commands.audit, echelon.commands.replay") & HEAVY
+
+
+def test_plan_loads_nothing_heavy() -> None:
+    assert not loaded_after("import echelon.commands.plan") & HEAVY
 
 
 def test_help_loads_nothing_but_argparse() -> None:

@@ -2,7 +2,9 @@
 
 import argparse
 import shlex
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -11,6 +13,8 @@ from databus.journal import segments
 from echelon.failures import RunFailed
 from echelon.files import keep_rows_before
 from echelon.interrupts import Interrupted
+from echelon.launch.base import Launcher, Site
+from echelon.launch.choose import make_launcher
 from echelon.packages import package_root
 from echelon.progress import Progress
 from echelon.recipe import Recipe, load_recipe
@@ -26,6 +30,7 @@ from learner.checkpoint_folder import DamagedCheckpoint, latest_checkpoint, read
 
 RUNS = "runs"
 MAX_ADVICE = 3
+NO_SHARED_MEMORY = "set learner.memory_copy_every to 0, and weights.backend to bus"
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -34,6 +39,26 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
     recipe = load_recipe(args.recipe, args.overrides)
     check_machine(recipe.config)
+    if args.on == "slurm":
+        return _submit(args, recipe)
+    launcher = make_launcher(args.on, recipe.config)
+    try:
+        recipe = replace(recipe, config=launcher.placed(recipe.config))
+        return _run(args, recipe, launcher)
+    finally:
+        launcher.close()
+
+
+def _submit(args: argparse.Namespace, recipe: Recipe) -> int:
+    from echelon.launch.slurm_job import submit
+
+    folder = RunFolder(args.run_dir) if args.run_dir else _default_folder(recipe.name)
+    for line in submit(recipe, folder, args.recipe, args.overrides, args.resume):
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
+def _run(args: argparse.Namespace, recipe: Recipe, launcher: Launcher) -> int:
     folder = RunFolder(args.run_dir) if args.run_dir else _default_folder(recipe.name)
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"--run-dir {folder.path} is a file")
@@ -45,10 +70,17 @@ def execute(args: argparse.Namespace) -> int:
         if not segments(folder.journal):  # with a journal, every row that there is stays true
             for file in (folder.metrics_file, folder.samples_file):
                 keep_rows_before(file, first_step)
-        return _supervise(args, recipe, folder, record, first_step)
+        return _supervise(args, recipe, folder, record, first_step, launcher)
 
 
-def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, record: RunRecord, first_step: int) -> int:
+def _supervise(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    folder: RunFolder,
+    record: RunRecord,
+    first_step: int,
+    launcher: Launcher,
+) -> int:
     config = recipe.config
     progress = Progress(
         recipe=recipe.name,
@@ -62,8 +94,10 @@ def _supervise(args: argparse.Namespace, recipe: Recipe, folder: RunFolder, reco
     view.note(f"run folder {_short(folder.path)}" + (f", from step {first_step}" if args.resume else ""))
     wandb = WandbSink(config, folder, record.run_id)
     try:
-        with shared_memory(record.run_id, config.learner.memory_copy_every > 0) as memory_dir:
-            code = Supervisor(config, folder, package_root(), progress, view, wandb, memory_dir).run()
+        wanted = config.learner.memory_copy_every > 0 or config.weights.backend == "shm"
+        with shared_memory(record.run_id, wanted, advice=NO_SHARED_MEMORY) as memory_dir:
+            site = Site(folder, config, package_root(), memory_dir)
+            code = Supervisor(site, launcher, progress, view, wandb).run()
         for line in advice_lines(progress):
             view.note(line)
         return code
@@ -104,7 +138,8 @@ def _checked_step(checkpoint: Path) -> int:
 
 
 def _how_to_go_on(args: argparse.Namespace, folder: RunFolder) -> str:
-    words = ["echelon", "run", args.recipe, "--run-dir", _short(folder.path), "--resume", *args.overrides]
+    on = [] if args.on == "local" else ["--on", "slurm" if args.on == "allocation" else args.on]
+    words = ["echelon", "run", args.recipe, *on, "--run-dir", _short(folder.path), "--resume", *args.overrides]
     checkpoint = latest_checkpoint(folder.checkpoints)
     where = f"from {checkpoint.name}" if checkpoint is not None else "from the start, as there is no checkpoint yet"
     return f"go on {where}: {shlex.join(words)}"

@@ -21,6 +21,7 @@ from databus.records import (
 )
 from echelon.report.spans import Spans, merged
 
+COLUMNS = frozenset({"lengths", "rewards"})
 FATES = ("trained", "stale", "filtered", "failed", "open")
 
 
@@ -129,15 +130,18 @@ class _Fold:
         if record.copied and record.group_id in self._outcomes:
             return
         try:
-            arrays = decode_columns(record.columns, frames)
-            lengths, rewards = arrays["lengths"], arrays["rewards"]
+            arrays = decode_columns(record.columns, frames, only=COLUMNS)
+            lengths, rewards = arrays["lengths"].tolist(), arrays["rewards"].tolist()
         except (MalformedMessage, KeyError) as error:
             self.notes.append(f"group {record.group_id} of the journal cannot be read: {error}")
             return
         worker = record.worker or (lease.worker if lease is not None else "")
-        num_tokens = int(lengths.sum())
+        num_tokens = sum(lengths)
         outcome = GroupOutcome(
-            worker, 0 if lease is None else lease.predicted_tokens, num_tokens / len(lengths), float(rewards.mean())
+            worker,
+            0 if lease is None else lease.predicted_tokens,
+            num_tokens / len(lengths),
+            sum(rewards) / len(rewards),
         )
         self._outcomes[record.group_id] = outcome
         if lease is not None:

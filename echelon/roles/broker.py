@@ -11,13 +11,14 @@ import msgspec
 
 from databus.address import reachable, resolve_address
 from databus.broker import Broker
-from databus.config import BrokerConfig, HistoryConfig
+from databus.config import BrokerConfig
 from databus.evaluation import ACCURACY
 from databus.journal import Journal, read_journal, recover
 from databus.keys import server_keys
 from databus.messages import Position
 from databus.process import collect_garbage_seldom
 from databus.prompts import Prompt, SampledGroup
+from echelon.broker_settings import broker_settings, group_filters
 from echelon.config import RunConfig, TracesConfig
 from echelon.errors import SIGTERM_CODE, role_main
 from echelon.files import NumberedRows, read_rows, write_atomically
@@ -26,8 +27,6 @@ from echelon.prompt_files import PromptFile, ScheduledPrompts
 from echelon.rollout_record import RolloutWriter
 from echelon.run_folder import BusRecord, RunFolder
 from learner.checkpoint_folder import latest_checkpoint, read_trainer_state
-from rollout.config import DraftConfig
-from rollout.scheduling.filters import ZeroVarianceFilter
 from rollout.scheduling.placement import LeastRemaining
 from rollout.scheduling.scheduler import DifficultyScheduler
 
@@ -84,7 +83,7 @@ def serve(folder: RunFolder) -> None:
         evals,
         FileSink(folder),
         position,
-        filters=[ZeroVarianceFilter()] if config.scheduling.drop_zero_variance else [],
+        filters=group_filters(config),
         scheduler=scheduler,
         placement=LeastRemaining(),
         recorder=RolloutWriter(folder.rollouts_file, len(prompts)) if config.draft.record else None,
@@ -150,28 +149,13 @@ def read_evaluation(folder: RunFolder) -> list[Prompt]:
 
 def broker_config(folder: RunFolder, start_step: int) -> BrokerConfig:
     config = folder.config()
-    return BrokerConfig(
+    return broker_settings(
+        config,
         run_id=folder.record().run_id,
         address=where_to_listen(folder, config),
-        steps=config.learner.steps,
         start_step=start_step,
-        group_size=config.group_size,
-        batch_groups=config.batch_groups,
-        max_staleness=config.max_staleness,
-        stale_policy=config.stale_policy,
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        eval_every=config.eval.every,
-        eval_max_tokens=config.eval.max_tokens or config.rollout.max_tokens,
-        eval_timeout_s=config.eval.timeout_s,
-        eval_threshold=config.eval.threshold,
-        max_reward_failures=config.reward.max_failures,
-        bus=config.bus,
         config_json=folder.config_file.read_bytes(),
         run_dir=str(folder.path),
-        max_filtered=config.scheduling.max_filtered,
-        history=history_config(config.draft),
-        keep_journal=config.journal.keep,
     )
 
 
@@ -183,15 +167,6 @@ def where_to_listen(folder: RunFolder, config: RunConfig) -> str:
     if earlier is not None and address.endswith(":*"):
         address = address.removesuffix("*") + earlier.address.rpartition(":")[2]
     return resolve_address(address, folder.path, config.bus.encrypted)
-
-
-def history_config(draft: DraftConfig) -> HistoryConfig | None:
-    """None where nobody drafts."""
-    if draft.policy == "off":
-        return None
-    return HistoryConfig(
-        tokens=draft.history_tokens, window_versions=draft.window_versions, total_tokens=draft.index_tokens
-    )
 
 
 def _terminate(_signal: int, _frame: object) -> None:

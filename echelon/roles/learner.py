@@ -11,6 +11,7 @@ from typing import Any
 
 from databus.client import BusClient
 from databus.codec import Frame
+from databus.config import WeightsConfig
 from databus.errors import BusLost
 from databus.messages import Hello
 from echelon.errors import role_main
@@ -23,8 +24,9 @@ logger = logging.getLogger(__name__)
 CONNECT_S = 60.0
 
 
-def learn(folder: RunFolder, memory_dir: Path | None) -> None:
-    """Args: memory_dir: for copies of the state, and with one where another learner of this run has been killed.
+def learn(folder: RunFolder, memory_dir: Path | None, host: str = "") -> None:
+    """Args: memory_dir: for copies of the state, with one in it where another learner of this run has been killed, and
+        for versions. host: address of this machine, where the broker is on another; "": it is on this one.
 
     Raises: whatever ends the learner; `role_main` reports it.
     """
@@ -34,6 +36,7 @@ def learn(folder: RunFolder, memory_dir: Path | None) -> None:
 
     config = folder.config()
     bus = folder.wait_for_bus(config.rollout.start_timeout_s)
+    copies_dir = memory_dir if config.learner.memory_copy_every else None
     patience_s = 2 * config.watchdog_s + config.rollout.start_timeout_s
     run = LearnerRun(
         model=config.model,
@@ -42,21 +45,38 @@ def learn(folder: RunFolder, memory_dir: Path | None) -> None:
         max_staleness=config.max_staleness,
         seed=config.seed,
         checkpoints_dir=folder.checkpoints,
-        bus_address=config.bus.address if bus.keys else bus.address,
+        bus_address=_beside(bus.address, config.bus.address if bus.keys else bus.address, host),
         weight_keys=bus.server_keys("learner", allowed=["worker"]),
-        resume_from=restart_point(folder.checkpoints, memory_dir),
-        memory_dir=memory_dir,
+        resume_from=restart_point(folder.checkpoints, copies_dir),
+        memory_dir=copies_dir,
         # The supervisor's watchdog comes first, and counts from when all are up; these are for want of one.
         batch_timeout_s=patience_s,
         end_timeout_s=patience_s + config.eval.timeout_s,
         collective_timeout_s=patience_s,
         advantage_function=load_advantage(config, folder.path),
         probe=probe_texts(folder.train_prompts, config.rollout),
+        weights=config.weights,
+        weights_dir=weights_dir(config.weights, folder, memory_dir),
     )
     try:
         run_learner(config.learner, run, lambda version: connect(folder, version))
     except DamagedCheckpoint as error:
         raise ValueError(error.advised()) from None
+
+
+def weights_dir(config: WeightsConfig, folder: RunFolder, memory_dir: Path | None) -> Path | None:
+    """Where versions go that are published as files; no other run uses it. None where they are not."""
+    if config.backend == "shm":
+        assert memory_dir is not None
+        return memory_dir / "weights"
+    if config.backend == "file":
+        return Path(config.folder).resolve() / folder.record().run_id if config.folder else folder.path / "weights"
+    return None
+
+
+def _beside(broker: str, listens: str, host: str) -> str:
+    """The address whose host the weight server listens on: the broker's, or this machine's own."""
+    return f"tcp://{host}:*" if host and broker.startswith("tcp://") else listens
 
 
 class LearnerBus:
@@ -97,11 +117,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir")
     parser.add_argument("--memory-copies", type=Path, metavar="DIR", help="in shared memory; without it there are none")
+    parser.add_argument("--host", default="", help="this machine's address, where the broker is on another")
     args = parser.parse_args()
     folder = RunFolder(args.run_dir)
     rank = int(os.environ.get("RANK", "0"))
     role = "learner" if rank == 0 else f"learner-rank{rank}"
-    return role_main(role, folder.error_file(role), lambda: learn(folder, args.memory_copies), consequences)
+    return role_main(role, folder.error_file(role), lambda: learn(folder, args.memory_copies, args.host), consequences)
 
 
 if __name__ == "__main__":

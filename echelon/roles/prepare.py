@@ -19,8 +19,11 @@ logger = logging.getLogger(__name__)
 ROLE = "prepare"
 
 
-def prepare(folder: RunFolder) -> None:
-    """Raises: ValueError, in one line, for the first thing that cannot work."""
+def prepare(folder: RunFolder, elsewhere: bool) -> None:
+    """Args: elsewhere: the other roles run on other machines, so nothing is said of this one's devices.
+
+    Raises: ValueError, in one line, for the first thing that cannot work.
+    """
     from echelon.data import check_vocabulary, prompt_lines
     from echelon.hub import needs_hub, use_cache_if_offline
     from echelon.prompt_files import write_prompts
@@ -41,7 +44,8 @@ def prepare(folder: RunFolder) -> None:
 
     from echelon.model_check import check_adapters, check_devices, check_end_tokens, check_model, load_tokenizer
 
-    check_devices(config)
+    if not elsewhere:
+        check_devices(config)
     vocab_size = check_model(config)
     if config.learner.lora.is_on:
         check_adapters(config)
@@ -75,8 +79,10 @@ def _check_turns(config: "EnvironmentConfig", tokenizer: Any, vocab_size: int) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir")
-    folder = RunFolder(parser.parse_args().run_dir)
-    return role_main(ROLE, folder.error_file(ROLE), lambda: prepare(folder))
+    parser.add_argument("--elsewhere", action="store_true", help="workers and learner run on other machines")
+    args = parser.parse_args()
+    folder = RunFolder(args.run_dir)
+    return role_main(ROLE, folder.error_file(ROLE), lambda: prepare(folder, args.elsewhere))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def work(run: Membership, name: str) -> None:
         reward_dir=run.reward_dir,
         draft=config.draft,
         pull=pull_through(bus),
+        max_staleness=config.max_staleness,
     )
 
     def make_client(version: int, heartbeat: Callable[[], Heartbeat]) -> BusClient:
@@ -71,12 +72,12 @@ def work(run: Membership, name: str) -> None:
 
 def pull_through(bus: BusRecord) -> "Pull":
     """Pulls weights with the worker's key; a weight server on every interface is looked for where the broker is."""
-    from rollout.weights_in import pull_snapshot
+    from rollout.weights_in import Puller
 
-    keys = bus.client_keys("worker", server="learner")
+    puller = Puller(keys=bus.client_keys("worker", server="learner"))
 
     def pull(address: str, version: int, num_bytes: int, stop: threading.Event) -> "Snapshot":
-        return pull_snapshot(reachable(address, bus.address), version, num_bytes, stop, keys=keys)
+        return puller(reachable(address, bus.address), version, num_bytes, stop)
 
     return pull
 
@@ -92,6 +93,7 @@ def main() -> int:
     parser.add_argument("run_dir")
     parser.add_argument("--name", required=True)
     parser.add_argument("--spare", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="RUN_DIR has what travels; is the rest on this machine?")
     args = parser.parse_args()
     folder = RunFolder(args.run_dir)
 
@@ -99,6 +101,10 @@ def main() -> int:
         from rollout.engine.factory import import_engine
 
         config = folder.config()
+        if args.alone:
+            from echelon.joining import check_has_all_of
+
+            check_has_all_of(config, folder.path)
         import_engine(config.rollout.engine)
         bus = folder.wait_for_bus(config.rollout.start_timeout_s)
         work(Membership(config=config, bus=bus, reward_dir=folder.path, spare=args.spare), args.name)

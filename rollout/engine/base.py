@@ -97,7 +97,8 @@ class Snapshot:
     """Checked weights of one version: the manifest, and its flat buffer in anonymous shared memory (`fd`).
 
     Whoever pulled it closes it, once the engine has taken it over. changed: names of the tensors whose bits differ from
-    those of `base_version`; None, as `base_version` is then: not known, any may.
+    those of `base_version`; None, as `base_version` is then: not known, any may. received_bytes: what had to be fetched
+    for it; None: all of it.
     """
 
     version: int
@@ -105,6 +106,7 @@ class Snapshot:
     fd: int
     base_version: int | None = None
     changed: frozenset[str] | None = None
+    received_bytes: int | None = None
 
     def map(self) -> mmap.mmap:
         """The buffer, read-only."""
@@ -116,10 +118,16 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """pause_s: how long no token was generated. mismatch: None where the version came without a probe."""
+    """pause_s: how long no token was generated. mismatch: None where the version came without a probe.
+
+    load_s: of the pause, checking, loading and reading back. loaded_bytes, loaded_tensors: of the snapshot.
+    """
 
     pause_s: float
     mismatch: Mismatch | None = None
+    load_s: float = 0.0
+    loaded_bytes: int = 0
+    loaded_tensors: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +158,13 @@ class Engine(Protocol):
         """All completions of the group. Raises: EngineError; EngineDead."""
         ...
 
+    async def drain(self) -> None:
+        """Let no request begin from here on, and wait until none is in flight, or for `rollout.update.drain_s`; the
+        `update` that must follow lets them begin again. Raises: EngineDead."""
+        ...
+
     async def update(self, snapshot: Snapshot) -> UpdateReport:
-        """Serve `snapshot` from the next token on; requests in flight go on.
+        """Serve `snapshot` from the next token on; requests in flight go on, as `rollout.update.kv` says.
 
         Raises: UpdateFailed; GateRefused; EngineDead. After the first two the old weights serve on, bit for bit.
         """

@@ -53,6 +53,9 @@ class ReasoningEngine:
     async def generate(self, request: GenerateRequest) -> list[Completion]:
         return await all_or_none(self._complete(request, index) for index in range(request.group_size))
 
+    async def drain(self) -> None:
+        await self._engine.drain()
+
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         return await self._engine.update(snapshot)
 

@@ -38,6 +38,7 @@ from rollout.engine.tensors import DTYPES, first_mismatch, tensors
 
 CLOSE_TIMEOUT_S = 10.0
 IDLE_POLL_S = 0.5
+DRAIN_POLL_S = 0.01
 
 Command = Callable[[], None]
 
@@ -52,6 +53,8 @@ class SmallEngine:
         self._version = version
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._groups: list[tuple[RunningGroup, Future[list[Completion]]]] = []
+        self._waiting: list[tuple[RunningGroup, Future[list[Completion]]]] = []
+        self._draining = False
         self._generated = 0
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="small-engine", daemon=True)
@@ -72,14 +75,25 @@ class SmallEngine:
             raise EngineError(f"prompt of {given} tokens, context of {self._config.context_tokens}")
         future: Future[list[Completion]] = Future()
         group = RunningGroup(request, self._model, self._end_ids, self._seed, self._config.context_tokens)
-        return await self._ask(lambda: self._groups.append((group, future)), future)
+        return await self._ask(lambda: self._begin(group, future), future)
+
+    async def drain(self) -> None:
+        if self._config.update.kv != "drain":
+            return
+        future: Future[None] = Future()
+        await self._ask(lambda: self._stop_beginning(future), future)
+        deadline = time.monotonic() + self._config.update.drain_s
+        while self._groups and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def update(self, snapshot: Snapshot) -> UpdateReport:
+        if not self._draining:
+            await self.drain()
         future: Future[UpdateReport] = Future()
         return await self._ask(lambda: self._apply(snapshot, future), future)
 
     def stats(self) -> EngineStats:
-        running = sum(group.request.group_size for group, _ in list(self._groups))
+        running = sum(group.request.group_size for group, _ in [*self._groups, *self._waiting])
         return EngineStats(running_sequences=running, generated_tokens=self._generated)
 
     async def close(self) -> None:
@@ -111,7 +125,7 @@ class SmallEngine:
         finally:
             self._closing = True
             self._run_commands(wait=False)  # so that no one waits for what will not come
-            for _, future in self._groups:
+            for _, future in [*self._groups, *self._waiting]:
                 _settle(future, EngineDead("the engine has stopped"))
 
     def _run_commands(self, wait: bool) -> None:
@@ -133,6 +147,18 @@ class SmallEngine:
             self._groups.remove((group, future))
             _settle(future, outcome)
 
+    def _begin(self, group: RunningGroup, future: "Future[list[Completion]]") -> None:
+        (self._waiting if self._draining else self._groups).append((group, future))
+
+    def _stop_beginning(self, future: "Future[None]") -> None:
+        self._draining = True
+        _settle(future, None)
+
+    def _begin_again(self) -> None:
+        self._draining = False
+        self._groups += self._waiting
+        self._waiting = []
+
     def _apply(self, snapshot: Snapshot, future: "Future[UpdateReport]") -> None:
         started = time.monotonic()
         try:
@@ -146,7 +172,12 @@ class SmallEngine:
             _settle(future, EngineDead(f"loading version {snapshot.version} failed: {error}"))
         else:
             self._version = snapshot.version
+            if self._config.update.kv != "keep":
+                for group, _ in self._groups:
+                    group.forget_cache()
             _settle(future, UpdateReport(pause_s=time.monotonic() - started, mismatch=mismatch))
+        finally:
+            self._begin_again()
 
     def _copy(self, snapshot: Snapshot) -> Mismatch | None:
         """All that can be is checked before anything is changed; the rest changes back what it finds wrong."""

@@ -26,7 +26,8 @@ class RunningGroup:
         self._end_ids = end_ids
         self._noise_key = xxhash.xxh3_128_intdigest(f"{seed}/{request.cursor}".encode())
         self._cache: Any = None
-        self._input = torch.tensor([given] * request.group_size, device=model.device)
+        self._given = torch.tensor([given] * request.group_size, device=model.device)
+        self._input = self._given
         self._tokens: list[Tensor] = []
         self._logprobs: list[Tensor] = []
         self._versions: list[int] = []
@@ -48,6 +49,11 @@ class RunningGroup:
         logprobs = torch.log_softmax(logits, -1).gather(-1, choice[:, None])[:, 0]
         self._input = choice[:, None].to(self._model.device)
         return self._keep(choice, logprobs, version)
+
+    def forget_cache(self) -> None:
+        """The next step computes the whole context again, with the weights that there are then."""
+        self._cache = None
+        self._input = torch.cat([self._given, *(tokens[:, None].to(self._given.device) for tokens in self._tokens)], 1)
 
     def completions(self) -> list[Completion]:
         tokens = torch.stack(self._tokens, 1).numpy().astype(np.int32)

@@ -1,7 +1,7 @@
 """Named tensors over a snapshot's flat buffer, without a copy."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from mmap import mmap
 
 import torch
@@ -10,6 +10,10 @@ import xxhash
 from databus.messages import Manifest, TensorSpec
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+Source = tuple[Manifest, mmap]
+"""A snapshot: what is in its buffer, and the buffer."""
 
 
 def tensors(manifest: Manifest, buffer: mmap | memoryview) -> Iterator[tuple[str, torch.Tensor]]:
@@ -22,10 +26,15 @@ def tensors(manifest: Manifest, buffer: mmap | memoryview) -> Iterator[tuple[str
         yield spec.name, _tensor(spec, view)
 
 
-def first_mismatch(manifest: Manifest, buffer: mmap | memoryview) -> str:
-    """The name of the first tensor whose xxh3-64 is not the manifest's; "" where all agree."""
+def first_mismatch(manifest: Manifest, buffer: mmap | memoryview, names: Container[str] | None = None) -> str:
+    """The name of the first tensor whose xxh3-64 is not the manifest's; "" where all agree.
+
+    Args: names: of those to look at; None: all.
+    """
     view = memoryview(buffer)
     for spec in manifest.tensors:
+        if names is not None and spec.name not in names:
+            continue
         if xxhash.xxh3_64_intdigest(view[spec.offset : spec.offset + spec.num_bytes]) != spec.xxh3:
             return spec.name
     return ""

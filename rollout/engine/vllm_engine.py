@@ -1,17 +1,16 @@
 """vLLM behind the `Engine` protocol. Written against vLLM 0.32.0.
 
-In-flight updates. Requests that have a token keep their KV cache across an update (policy `keep`). Requests that
-have none yet are submitted anew, and the prefix cache is keyed by version. So the KV cache that a completion
-starts from is always of the version that sampled its first token, and a completion whose tokens all carry one
-version was computed with that version's weights alone. While the mismatch gate scores a version, nothing but its probes
-is computed (`vllm_scheduler`): what a refused version would have said is in no request's cache.
+In-flight updates. What becomes of requests that have a token is `rollout.update.kv`: they keep their KV cache, or have
+it computed anew, or end before the update. Those that have none yet are submitted anew, and the prefix cache is keyed
+by version. So the KV cache that a completion starts from is always of the version that sampled its first token, and a
+completion whose tokens all carry one version was computed with that version's weights alone. While the mismatch gate
+scores a version, nothing but its probes is computed (`vllm_scheduler`): what a refused version would have said is in no
+request's cache.
 """
 
 import asyncio
-import contextlib
 import logging
 import multiprocessing
-import os
 import time
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,6 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from databus.messages import Mismatch
 from rollout.config import DraftConfig, RolloutConfig
 from rollout.drafting.counters import CounterPage
 from rollout.drafting.facts import DraftFacts, group_key, problem_key
@@ -37,16 +35,19 @@ from rollout.engine.base import (
     UpdateReport,
 )
 from rollout.engine.begin_order import BEGUN, BeginOrder
+from rollout.engine.door import Door
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
 from rollout.engine.vllm_gate import PROBE_SAMPLING, VllmGate
 from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment, tied_engine_cores
+from rollout.engine.vllm_update import VllmUpdate
 
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 10.0
+DRAIN_POLL_S = 0.01
 CORE_NAME = "EngineCore"
 MAX_ERROR_CHARACTERS = 400
 
@@ -72,7 +73,9 @@ class VllmEngine:
         self._version = version
         self._updates = 0
         self._llm: Any = None
-        self._open = asyncio.Event()  # closed while weights are being loaded
+        self._door = Door()  # shut while weights are being loaded
+        self._dead: EngineDead | None = None
+        self._in_flight: set[str] = set()
         self._without_token: set[str] = set()
         self._running = 0
         self._generated = 0
@@ -104,7 +107,7 @@ class VllmEngine:
         await self._call(self._llm.update_weight_version(str(self._version)))
         if self._draft.policy != "off":
             await self.start_drafting()
-        self._open.set()
+        self._door.open()
 
     async def start_drafting(self, drafter: str = DRAFTER) -> None:
         """Draft with an empty memory from here on. Args: drafter: the class, by its dotted name. Raises: EngineDead."""
@@ -117,22 +120,42 @@ class VllmEngine:
     async def generate(self, request: GenerateRequest) -> list[Completion]:
         return await all_or_none(self._complete(request, index) for index in range(request.group_size))
 
+    async def drain(self) -> None:
+        if self._config.update.kv != "drain":
+            return
+        await self._call(self._door.shut())
+        await self._call(self._llm.abort(sorted(self._without_token)))
+        deadline = time.monotonic() + self._config.update.drain_s
+        while self._in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         try:
-            self._expected.check(snapshot.manifest)
-        except ValueError as error:
-            raise UpdateFailed(f"version {snapshot.version} refused: {error}") from None
-        self._open.clear()
-        started = time.monotonic()
-        try:
-            await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
-            await self._call(self._llm.abort(sorted(self._without_token)))
-            mismatch = await self._load(snapshot)
+            await self._update.check(snapshot)
+            if self._door.is_open:  # not drained yet
+                await self.drain()
+            await self._call(self._door.shut())
+            return await self._switch(snapshot)
+        except UpdateFailed:
+            raise
+        except BaseException as error:  # which weights there are nobody knows: nothing more is generated with them
+            self._dead = error if isinstance(error, EngineDead) else EngineDead("an update was broken off")
+            raise
         finally:
-            with contextlib.suppress(EngineDead):  # the first cause is on its way
-                await self._call(self._llm.resume_generation())
-            self._open.set()
-        return UpdateReport(pause_s=time.monotonic() - started, mismatch=mismatch)
+            self._door.open()
+
+    async def _switch(self, snapshot: Snapshot) -> UpdateReport:
+        kv, left = self._config.update.kv, len(self._in_flight)
+        if kv == "drain" and left:
+            logger.warning("%d requests did not end within rollout.update.drain_s; they are recomputed", left)
+
+        def switched() -> None:
+            self._version = snapshot.version
+            self._updates += 1
+
+        return await self._update.apply(
+            snapshot, self._version, begin_anew=self._without_token, recompute=kv != "keep", switched=switched
+        )
 
     def stats(self) -> EngineStats:
         drafting = self._draft_page.read() if self._draft_page else {}
@@ -161,7 +184,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._expected = ExpectedTensors.of(self._model)
+        expected = ExpectedTensors.of(self._model)
         self._sampling_fields = {
             "stop_token_ids": end_token_ids(self._model),
             "logprobs": 0,  # the sampled token's alone
@@ -175,13 +198,14 @@ class VllmEngine:
         self._tokens_input = tokens_input
         with tied_engine_cores():
             self._llm = AsyncLLM.from_engine_args(self._arguments())
-        self._gate = VllmGate(
+        gate = VllmGate(
             self._config.gate,
             self._llm,
             sampling=SamplingParams(**PROBE_SAMPLING),
             tokens_input=tokens_input,
             translate=self._translate,
         )
+        self._update = VllmUpdate(self._llm, expected, gate, self._call)
 
     def _arguments(self) -> Any:
         return engine_arguments(self._config, self._model, self._seed, self._draft)
@@ -207,10 +231,9 @@ class VllmEngine:
         self._running += 1
         try:
             while True:
-                await self._open.wait()
                 request_id = f"{request.group_id}:s{request.first_sample + index}"
                 output = await self._submit(request, request_id, sampling, priority)
-                if output.finish_reason != "abort":  # by `update`: it had no token yet
+                if output.finish_reason != "abort":  # by an update: it had no token yet
                     break
         finally:
             self._running -= 1
@@ -231,38 +254,33 @@ class VllmEngine:
         return facts.extra_arguments()
 
     async def _submit(self, request: GenerateRequest, request_id: str, sampling: Any, priority: int) -> Any:
-        prompt = self._tokens_input([*request.prompt_ids, *request.prefix], cache_salt=self._cache_salt())
-        final: Any = None
-        self._without_token.add(request_id)
         try:
-            async for output in self._llm.generate(prompt, sampling, request_id, priority=priority):
-                self._without_token.discard(request_id)
-                final = output.outputs[0]
-        except Exception as error:
-            raise self._translate(error) from error
-        finally:
-            self._without_token.discard(request_id)
-        return final
-
-    async def _load(self, snapshot: Snapshot) -> Mismatch | None:
-        path = f"/proc/{os.getpid()}/fd/{snapshot.fd}"
-        arguments = (msgspec.msgpack.encode(snapshot.manifest), path)
-        errors = await self._call(self._llm.collective_rpc("echelon_apply_snapshot", args=arguments))
-        refused = next((error for error in errors if error), "")
-        if refused:
-            raise UpdateFailed(f"version {snapshot.version} refused: {refused}")
-        try:
-            mismatch = await self._gate.admit(snapshot.version, snapshot.manifest.probe)
+            async with self._door.passing():
+                if self._dead is not None:
+                    raise self._dead
+                self._in_flight.add(request_id)
+                self._without_token.add(request_id)
+                prompt = self._tokens_input([*request.prompt_ids, *request.prefix], cache_salt=self._cache_salt())
+                outputs = await self._llm.add_request(request_id, prompt, sampling, priority=priority)
+            return await self._last_of(outputs, request_id)
         except EngineDead:
             raise
-        except BaseException:  # an update that is cancelled must not leave weights that nobody let pass
-            await self._call(self._llm.collective_rpc("echelon_settle", args=(False,)))
+        except Exception as error:
+            raise self._translate(error) from error
+        except asyncio.CancelledError:
+            if self._llm is not None:
+                await self._llm.abort(request_id)
             raise
-        await self._call(self._llm.collective_rpc("echelon_settle", args=(True,)))
-        await self._call(self._llm.update_weight_version(str(snapshot.version)))
-        self._version = snapshot.version
-        self._updates += 1
-        return mismatch
+        finally:
+            self._in_flight.discard(request_id)
+            self._without_token.discard(request_id)
+
+    async def _last_of(self, outputs: Any, request_id: str) -> Any:
+        while True:
+            output = outputs.get_nowait() or await outputs.get()
+            self._without_token.discard(request_id)
+            if output.finished:
+                return output.outputs[0]
 
     async def _call(self, call: Awaitable[T]) -> T:
         """A call to the engine core that must succeed: without its answer nobody knows what is being served."""

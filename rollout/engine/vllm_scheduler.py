@@ -17,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from rollout.config import PROBE_SEQUENCES, PROBE_TOKENS
+from rollout.engine.begin_order import BEGUN
 from rollout.engine.vllm_setup import PROBE_ARGUMENT
 
 
@@ -63,9 +64,12 @@ class ProbingScheduler(Scheduler):
             self._num_probes() if self._pause_state == PauseState.PAUSED_ALL else super().get_num_unfinished_requests()
         )
 
-    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         self._give_room()  # vLLM refuses while any block is in use
-        return super().reset_prefix_cache(*args, **kwargs)
+        if reset_running_requests:
+            for request in self.running:
+                request.priority = BEGUN  # they wait now, and none that waited already is to overtake them
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def _num_probes(self) -> int:
         return sum(map(_is_probe, self.running)) + sum(map(_is_probe, self.waiting))

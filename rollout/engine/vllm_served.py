@@ -3,6 +3,7 @@
 Both doors lead to one AsyncLLM: what comes through the second shares steps, drafts and updates with our own groups.
 """
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
@@ -45,23 +46,38 @@ class ServedEngine(VllmEngine):
         """
         sampling, is_whole = self._public_sampling(sampling)
         more["priority"] = self._begin_order.priority(0, sampling.max_tokens or self._config.context_tokens)
-        given_salt = prompt.get("cache_salt")
         while True:
-            await self._open.wait()
-            salt = self._cache_salt() if given_salt is None else f"{self._cache_salt()}, {given_salt}"
-            if sampling.n == 1:
-                self._without_token.add(request_id)
+            outputs = await self._enter(prompt, sampling, request_id, more)
             try:
-                async for output in self._llm.generate({**prompt, "cache_salt": salt}, sampling, request_id, **more):
+                while True:
+                    output = outputs.get_nowait() or await outputs.get()
                     if self._was_put_back(output, request_id):
                         break
                     self._without_token.discard(request_id)
                     if output.finished or not is_whole:
                         yield output
-                else:
-                    return
+                    if output.finished:
+                        return
+            except (asyncio.CancelledError, GeneratorExit):  # its client has gone
+                await self._llm.abort(outputs.request_id, internal=True)
+                raise
             finally:
+                outputs.close()
+                self._in_flight.discard(request_id)
                 self._without_token.discard(request_id)
+
+    async def _enter(self, prompt: Any, sampling: Any, request_id: str, more: dict[str, Any]) -> Any:
+        """What vLLM's `generate` reads from. Raises: EngineDead, and what vLLM raises."""
+        async with self._door.passing():
+            if self._dead is not None:
+                raise self._dead
+            own, given = self._cache_salt(), prompt.get("cache_salt")
+            salted = {**prompt, "cache_salt": own if given is None else f"{own}, {given}"}
+            outputs = await self._llm.add_request(request_id, salted, sampling, **more)
+            self._in_flight.add(request_id)
+            if sampling.n == 1:
+                self._without_token.add(request_id)
+            return outputs
 
     def _public_sampling(self, sampling: Any) -> tuple[Any, bool]:
         """(sampling parameters; is only the last output wanted). Raises: RequestRefused."""

@@ -57,13 +57,14 @@ def engine_arguments(config: RolloutConfig, model: str, seed: int, draft: DraftC
     """vLLM's `AsyncEngineArgs`."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    own_scheduler = config.gate.is_on or config.update.kv != "keep"
     return AsyncEngineArgs(
         model=model,
         dtype=config.dtype,
         seed=seed,
         max_model_len=config.context_tokens,
-        max_num_seqs=config.max_sequences + (PROBE_SEQUENCES if config.gate.is_on else 0),
-        scheduler_cls=PROBING_SCHEDULER if config.gate.is_on else None,
+        max_num_seqs=config.max_sequences + (PROBE_SEQUENCES if own_scheduler else 0),
+        scheduler_cls=PROBING_SCHEDULER if own_scheduler else None,
         enforce_eager=config.enforce_eager,
         gpu_memory_utilization=config.gpu_memory_fraction,
         logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included

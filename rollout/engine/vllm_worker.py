@@ -3,18 +3,17 @@
 import mmap
 import multiprocessing
 import os
+import time
 from typing import Any
 
 import msgspec
-import torch
-from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
-from vllm.platforms import current_platform
 from vllm.v1.engine.core import EngineCoreProc
 
-from databus.messages import Manifest
 from databus.process import die_with_parent
 from rollout.drafting.proposer import DraftSetup, Proposer
-from rollout.engine.tensors import first_mismatch, tensors
+from rollout.engine.applying import Applied, Apply
+from rollout.engine.tensors import Source, first_mismatch
+from rollout.engine.vllm_loading import WeightLoading
 from rollout.engine.vllm_sampler import mend_sampler, sample_plainly_without_drafts
 
 ROLLED_BACK = "rolled back"
@@ -63,90 +62,94 @@ class SnapshotLoader:
         drafts = worker.take_draft_token_ids()
         return output, drafts if drafts is not None and any(drafts.draft_token_ids) else None
 
-    def echelon_apply_snapshot(self, encoded: bytes, path: str) -> str:
-        """Load the snapshot that lies in the file at `path`, a memfd of the parent's under /proc; `echelon_settle` must
-        follow before anything but probes is generated.
+    def echelon_apply_snapshot(self, encoded: bytes) -> bytes:
+        """Load a snapshot, or what has changed of it, and read it back; `echelon_settle` must follow before anything
+        but probes is generated.
 
-        Args: encoded: its `Manifest` in msgpack.
-        Returns: "" when it is loaded; else why it is not, after what was served before is served again.
+        Args: encoded: an `Apply` in msgpack. Returns: an `Applied`; where that is refused, what was served before is
+        served again.
         Raises: whatever stopped the rollback; the weights may then be a mixture.
         """
-        manifest = msgspec.msgpack.decode(encoded, type=Manifest)
+        started = time.monotonic()
+        order = msgspec.msgpack.decode(encoded, type=Apply)
+        changed = self._echelon_changed(order)
         try:
-            buffer = _map(path, manifest.num_bytes)
-            wrong = first_mismatch(manifest, buffer)
-            if wrong:
-                return f"tensor {wrong!r} does not match its checksum"
+            source = order.manifest, _map(order.path, order.manifest.num_bytes)
+            wrong = first_mismatch(*source, names=changed)
         except OSError as error:
-            return f"snapshot cannot be read: {error}"
+            return _refused(f"snapshot cannot be read: {error}")
+        if wrong:
+            return _refused(f"tensor {wrong!r} does not match its checksum")
         try:
-            self._echelon_reload((manifest, buffer))
+            loaded, read_bytes = self._echelon_load(source, changed)
         except Exception as error:
-            _put_layers_back(self.model_runner.get_model())
-            self._echelon_reload(getattr(self, "_echelon_served", None))
-            return f"{ROLLED_BACK}: {type(error).__name__}: {error}"
-        self._echelon_loaded = (manifest, buffer)
-        return ""
+            self._echelon_loading.put_back()
+            self._echelon_load(getattr(self, "_echelon_served", None))
+            return _refused(f"{ROLLED_BACK}: {type(error).__name__}: {error}")
+        self._echelon_loaded = source, loaded
+        sizes = [spec.num_bytes for spec in order.manifest.tensors if loaded is None or spec.name in loaded]
+        applied = Applied(
+            load_s=time.monotonic() - started, tensors=len(sizes), num_bytes=sum(sizes), read_bytes=read_bytes
+        )
+        return msgspec.msgpack.encode(applied)
 
     def echelon_settle(self, accepted: bool) -> None:
-        """Serve what was loaded last, or else what was served before it, bit for bit.
+        """Serve what was loaded last, or else what was served before it, bit for bit. Nothing loaded: nothing to do.
 
         Raises: whatever stopped the way back; the weights may then be a mixture.
         """
+        source, loaded = getattr(self, "_echelon_loaded", (None, None))
+        if source is None:
+            return
         if not accepted:
-            self._echelon_reload(getattr(self, "_echelon_served", None))
+            self._echelon_load(getattr(self, "_echelon_served", None), loaded)
         else:
-            self._echelon_served = self._echelon_loaded
+            self._echelon_served = source
             drafter = getattr(self.model_runner, "drafter", None)
             if isinstance(drafter, Proposer):
-                drafter.set_version(self._echelon_served[0].version)
+                drafter.set_version(source[0].version)
         del self._echelon_loaded
 
-    def _echelon_reload(self, source: tuple[Manifest, mmap.mmap] | None) -> None:
-        """Load a snapshot; None: what lies on disk, which is what is served before the first one.
+    def echelon_read_back(self) -> list[tuple[str, int, int]]:
+        """(tensor, xxh3-64 of it as it is served, elements read) of the version served; none before the first.
 
-        CPU weights are prepacked and cannot be read back, so a snapshot is kept as it came for as long as it is served.
+        For checks: it takes seconds. See `vllm_reading.read_back`.
         """
-        self.model_runner.reload_weights(weights_iterator=tensors(*source) if source else None)
-        _repack_kept_weights(self.model_runner.get_model())
-        if current_platform.is_cpu():
-            _pack_experts(self.model_runner.get_model())
+        served = getattr(self, "_echelon_served", None)
+        return [] if served is None else list(self._echelon_loading.read_back(served))
+
+    @property
+    def _echelon_loading(self) -> WeightLoading:
+        loading = getattr(self, "_echelon_weight_loading", None)
+        if loading is None:
+            self._echelon_weight_loading = loading = WeightLoading(self.model_runner)
+        return loading
+
+    def _echelon_changed(self, order: Apply) -> set[str] | None:
+        """What must be loaded; None: all. A checksum that differs counts, whatever the order says."""
+        served = getattr(self, "_echelon_served", None)
+        if order.changed is None or served is None or served[0].version != order.base_version:
+            return None
+        before = {spec.name: spec.xxh3 for spec in served[0].tensors}
+        return {*order.changed, *(spec.name for spec in order.manifest.tensors if before.get(spec.name) != spec.xxh3)}
+
+    def _echelon_load(self, source: Source | None, changed: set[str] | None = None) -> tuple[set[str] | None, int]:
+        """Load, and read back what can be. Args: source: None: what lies on disk, which is served before any other.
+
+        CPU weights are packed, so a snapshot is kept as it came for as long as it is served: it is the way back.
+        Returns: the tensors loaded, None: all; bytes read back.
+        """
+        loaded = self._echelon_loading.load(source, changed)
+        if source is None:
+            return loaded, 0
+        wrong, read_bytes = self._echelon_loading.first_wrong(source, loaded)
+        if wrong:
+            raise ValueError(f"tensor {wrong!r} does not lie in the model as it was sent")
+        return loaded, read_bytes
 
 
-def _repack_kept_weights(model: torch.nn.Module) -> None:
-    """vLLM 0.32.0 on the CPU reloads an embedding but leaves a tied output layer with the old weights.
-
-    oneDNN multiplies by a packed copy, made from the weight that both share; reloading packs only layers that
-    appear in the checkpoint, and the output layer does not. Layers whose weight is kept are packed here.
-    """
-    layer: Any
-    for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if hasattr(layer, "cpu_linear") and weight is not None and weight.ndim == 2 and weight.numel():
-            layer.quant_method.process_weights_after_loading(layer)
-
-
-def _pack_experts(model: torch.nn.Module) -> None:
-    """vLLM 0.32.0 on the CPU packs a mixture's experts when its kernel is made, and leaves reloaded ones as they came.
-
-    The kernel takes them for packed ones, and without an error says something else.
-    """
-    for layer in model.modules():
-        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-        if kernel is not None:
-            kernel.fused_experts.process_weights_after_loading(layer)
-
-
-def _put_layers_back(model: torch.nn.Module) -> None:
-    """Undo what a failed reload of vLLM 0.32.0 left: layers on the meta device, with half of their weights queued.
-
-    Reloading again would go on with that queue. The tensors put back may be old or new: all are loaded next.
-    """
-    for layer in model.modules():
-        info = get_layerwise_info(layer)
-        if info.can_load():
-            _place_kernel_tensors(layer, info)
-            info.reset()
+def _refused(why: str) -> bytes:
+    return msgspec.msgpack.encode(Applied(refused=why))
 
 
 def _map(path: str, num_bytes: int) -> mmap.mmap:

@@ -1,8 +1,8 @@
 """Which worker the next group goes to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from databus.scheduling import Load
+from databus.scheduling import Load, Rank
 
 
 class LeastRemaining:
@@ -12,12 +12,11 @@ class LeastRemaining:
     gets less.
     """
 
-    def choose(self, loads: Sequence[Load]) -> int:
+    def ranking(self, loads: Sequence[Load]) -> Callable[[Load], Rank]:
         by_speed = all(load.tokens_per_s > 0 for load in loads)
 
-        def remaining(index: int) -> tuple[float, int]:
-            load = loads[index]
+        def remaining(load: Load) -> Rank:
             tokens = max(0.0, load.predicted_tokens - load.reported_tokens)
             return tokens / load.tokens_per_s if by_speed else tokens, -load.free_groups
 
-        return min(range(len(loads)), key=remaining)
+        return remaining

@@ -125,6 +125,8 @@ class InstantEngine:
             for length in lengths
         ]
 
+    async def drain(self) -> None: ...
+
     async def update(self, snapshot: Any) -> Any:
         from rollout.engine.base import UpdateReport
 

@@ -237,12 +237,13 @@ class ScriptedLearner:
     def publish(self, version: int) -> None:
         self.client.send(VersionPublished(version=version, address="tcp://127.0.0.1:1", num_bytes=100))
 
-    def step(self, step: int, before: Callable[[Batch], None] = lambda batch: None) -> Batch:
+    def step(self, step: int, before: Callable[[Batch], None] = lambda batch: None, *, publishes: bool = True) -> Batch:
         self.client.send(BatchRequest(step=step))
         batch = receive(self.client, Batch)
         before(batch)
         self.batches.append(batch)
-        self.publish(step + 1)
+        if publishes:
+            self.publish(step + 1)
         self.client.send(StepDone(step=step, metrics={"loss/policy": 0.5}))
         return batch
 

@@ -56,6 +56,21 @@ def test_where_nothing_can_be_trained_without_the_version_the_run_ends_at_once(a
     )
 
 
+def test_a_version_that_is_still_being_published_may_be_served(address: str) -> None:
+    """The learner asks for its next batch meanwhile; what was refused before is not the last word."""
+    running = RunningBroker(broker_config(address, steps=4, max_staleness=1))
+    worker, learner = ScriptedWorker(address, refuses={1, 2}), ScriptedLearner(address)
+    learner.step(0)
+    wait_for(lambda: 1 in worker.refused)
+    learner.step(1, publishes=False)
+    learner.client.send(BatchRequest(step=2))
+    time.sleep(0.5)  # nothing is left to train on, or to begin
+    assert running.failure is None
+    learner.publish(2)
+    running.join()
+    assert str(running.failure).startswith("versions 1, 2 were refused, and max_staleness=1 leaves nothing")
+
+
 def test_a_resumed_run_cannot_go_on_with_the_initial_model(address: str) -> None:
     running = RunningBroker(broker_config(address, steps=4, start_step=2, max_staleness=8))
     ScriptedWorker(address, refuses={2})

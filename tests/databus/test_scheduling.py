@@ -1,6 +1,6 @@
 """The broker over real sockets, with something to schedule by."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 from scripted import (
     RunningBroker,
@@ -16,7 +16,7 @@ from scripted import (
 from databus.groups import Group
 from databus.messages import Ack, Credits, Heartbeat, Lease, Position, PositionRequest, Stop
 from databus.run_state import RunFailed
-from databus.scheduling import Load
+from databus.scheduling import Load, Rank
 
 
 class Recorder:
@@ -100,11 +100,14 @@ class Fullest:
     """Sends all to the worker with the most to do, and keeps what it saw."""
 
     def __init__(self) -> None:
-        self.seen: list[list[Load]] = []
+        self.seen: list[Load] = []
 
-    def choose(self, loads: Sequence[Load]) -> int:
-        self.seen.append(list(loads))
-        return max(range(len(loads)), key=lambda index: loads[index].predicted_tokens)
+    def ranking(self, loads: Sequence[Load]) -> Callable[[Load], Rank]:
+        return self._rank
+
+    def _rank(self, load: Load) -> Rank:
+        self.seen.append(load)
+        return (-load.predicted_tokens,)
 
 
 def test_placement_decides_who_gets_the_next_group(address: str) -> None:
@@ -120,9 +123,9 @@ def test_placement_decides_who_gets_the_next_group(address: str) -> None:
     receive(first, Lease)
     assert [lease.cursor for lease in leases] == [1, 2]
     # Predictions are of whole groups: two completions each of 10 and of 20 tokens.
-    loads = [load for seen in placement.seen for load in seen]
-    assert max(load.predicted_tokens for load in loads) == 2 * 10
-    assert {load.free_groups for load in loads} <= {1, 2}
+    may_lease = [load for load in placement.seen if load.free_groups]
+    assert max(load.predicted_tokens for load in may_lease) == 2 * 10
+    assert {load.free_groups for load in may_lease} <= {1, 2}
     for client in (first, second):
         client.close("done")
 

@@ -11,15 +11,16 @@ STEPS = 6
 ALTERED = """
 import sys
 if "echelon.roles.learner" in sys.orig_argv:
-    from learner.snapshot import Snapshotter
-    take, write = Snapshotter.take, Snapshotter._write
-    def remember(self, version, probe=None):
-        self.version = version
-        return take(self, version, probe)
-    def alter(self, data, name, whole, offset):
+    from learner.publisher import DeltaPublisher
+    from learner.shards import LocalShards
+    publish, write = DeltaPublisher.publish, LocalShards._write
+    def remember(self, version, probe):
+        LocalShards.version = version
+        publish(self, version, probe)
+    def alter(self, name, tensor):
         altered = self.version in {versions} and name == "model.norm.weight"
-        return write(self, data, name, 1.5 * whole if altered else whole, offset)
-    Snapshotter.take, Snapshotter._write = remember, alter
+        write(self, name, 1.5 * tensor if altered else tensor)
+    DeltaPublisher.publish, LocalShards._write = remember, alter
 """
 
 

@@ -87,7 +87,7 @@ def test_another_users_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.
 
 def test_no_shared_memory_is_one_line(tmp_path: Path) -> None:
     with (
-        pytest.raises(ValueError, match=r"^learner\.memory_copy_every needs shared memory in .*; set it to 0$"),
+        pytest.raises(ValueError, match=r"^no folder in shared memory, .*; set learner\.memory_copy_every to 0$"),
         shared_memory("run-1", parent=tmp_path / "nowhere"),
     ):
         pass

@@ -45,6 +45,9 @@ def test_defaults_are_consistent() -> None:
         (["bus.heartbeat_s=20"], ["bus.peer_timeout_s", "bus.heartbeat_s"]),
         (["bus.address=tcp://0.0.0.0:5555", "bus.plain=true"], ["bus.address", "bus.keys", "bus.plain=false"]),
         (["bus.address=udp://127.0.0.1:5555"], ["bus.address", "tcp://HOST:PORT"]),
+        (["weights.backend=shm", "bus.address=tcp://127.0.0.1:*"], ["weights.backend", "bus.address", "bus or file"]),
+        (["weights.folder=/tmp"], ["weights.folder", "weights.backend=file"]),
+        (["weights.backend=file", "weights.folder=/no/such/folder"], ["weights.folder", "no such folder"]),
         (["scheduling.shares=0.5,0.5,0.5"], ["scheduling.shares", "add up to 1"]),
         (
             ["scheduling.curriculum.type=drop_solved", "data.shuffle=false"],

@@ -38,7 +38,13 @@ def run_ranks() -> Callable[..., None]:
     context = multiprocessing.get_context("forkserver")  # one import of torch and transformers for all of them
     context.set_forkserver_preload(["learner.run"])
 
-    def run(world_size: int, arguments: list[str], main: Callable[..., None] | None = None, exit_code: int = 0) -> None:
+    def run(
+        world_size: int,
+        arguments: list[str],
+        main: Callable[..., None] | None = None,
+        exit_code: int = 0,
+        timeout_s: float = RANK_TIMEOUT_S,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -48,15 +54,15 @@ def run_ranks() -> Callable[..., None]:
                 context.Process(target=rank_main, args=(rank, world_size, port, log, arguments, main))
                 for rank, log in enumerate(logs)
             ]
-            _run(ranks)
+            _run(ranks, timeout_s)
             for rank, log in zip(ranks, logs, strict=True):
                 assert rank.exitcode == exit_code, log.read_text()[-3000:]
 
     return run
 
 
-def _run(processes: list[Any]) -> None:
-    deadline = time.monotonic() + RANK_TIMEOUT_S
+def _run(processes: list[Any], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
     for process in processes:
         process.start()
     try:

@@ -24,6 +24,8 @@ REQUIRED_METRICS = {
     "learner/lr",
     "learner/publish_s",
     "learner/save_s",
+    "weights/published_bytes",
+    "weights/publish_s",
     "learner/num_trainable",
     "learner/num_tokens",
     "loss/policy",
@@ -45,26 +47,27 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return train(tiny_model, checkpoints, CONFIG), checkpoints
 
 
-def test_a_step_publishes_before_it_reports(finished: tuple[ScriptedBus, Path]) -> None:
+def test_a_step_reports_once_the_version_that_it_trained_is_published(finished: tuple[ScriptedBus, Path]) -> None:
     bus, _ = finished
     told = [(type(message), getattr(message, "step", getattr(message, "version", None))) for message in bus.sent]
-    assert told == [
-        (VersionPublished, 0),
+    asked = [message for message in told if message[0] is not VersionPublished]
+    assert asked == [
         (BatchRequest, 0),
-        (VersionPublished, 1),
         (StepDone, 0),
         (BatchRequest, 1),
-        (VersionPublished, 2),
         (StepDone, 1),
         (PositionRequest, 2),
         (BatchRequest, 2),
-        (VersionPublished, 3),
         (StepDone, 2),
         (BatchRequest, 3),
-        (VersionPublished, 4),
         (StepDone, 3),
         (PositionRequest, 4),
     ]
+    published = [told.index((VersionPublished, version)) for version in range(5)]
+    assert published == sorted(published)
+    assert published[0] < told.index((BatchRequest, 0)), "the broker gives no lease before"
+    for step in range(1, 4):
+        assert published[step] < told.index((StepDone, step)), "one version at most is on its way"
     assert bus.closed
 
 

@@ -15,7 +15,14 @@ from learner.checkpoint_folder import list_checkpoints, read_trainer_state
 from learner.model import load_causal_lm
 
 SETTINGS = ("steps=3", "lr=1e-3", "microbatch_tokens=100", "checkpoint_every=2")
-CLOCKS = {"learner/step_s", "learner/wait_s", "learner/publish_s", "learner/save_s", "learner/tokens_per_s"}
+CLOCKS = {
+    "learner/step_s",
+    "learner/wait_s",
+    "learner/publish_s",
+    "learner/save_s",
+    "learner/tokens_per_s",
+    "weights/publish_s",
+}
 
 
 @pytest.fixture(scope="module")

@@ -129,9 +129,8 @@ def test_gsm8k_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) ->
     assert merged(metrics)["scoring/math_s"] > 0 and merged(metrics)["scoring/math_failure_rate"] == 0
 
 
-@pytest.mark.slow
-def test_dapo_math_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> None:
-    rows = [
+def dapo_rows() -> Rows:
+    return [
         {
             "data_source": "math_dapo",
             "prompt": [
@@ -143,10 +142,48 @@ def test_dapo_math_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path
         }
         for n in range(12)
     ]
+
+
+@pytest.mark.slow
+def test_dapo_math_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> None:
     settings = ("learner.advantage.overlong_tokens=8", "learner.advantage.overlong_cache_tokens=4", "group_size=8")
-    metrics, prompts = run_recipe("dapo_math", tiny_model, tmp_path, *settings, rows=rows)
+    metrics, prompts = run_recipe("dapo_math", tiny_model, tmp_path, *settings, rows=dapo_rows())
     assert prompts[3]["prompt"].endswith("What is 3 - 2?\n#")
     assert all(0 < row["reward/mean"] < 1 for row in metrics[:2])  # groups of equal rewards are left out
+
+
+@pytest.mark.slow
+def test_elastic_math_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"problem": f"What is ${n} - {n - 1}$?", "answer": "1", "solution": "It is $\\boxed{1}$."} for n in range(12)
+    ]
+    settings = (
+        "rollout.reasoning.thinking_tokens=4", "rollout.reasoning.solution_tokens=3", "rollout.reasoning.end=;#",
+        "rollout.max_tokens=9",
+    )  # fmt: skip
+    metrics, prompts = run_recipe("elastic_math", tiny_model, tmp_path, *settings, *EVALUATION, rows=rows)
+    assert "What is $3 - 2$?" in prompts[3]["prompt"]
+    assert metrics[0]["rollout/length_max"] <= 9
+    assert any(row.get("rollout/masked_fraction", 0) > 0 for row in metrics), "an end of thinking was forced"
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("no \\boxed{2} </think> so \\boxed{1}", 1.0),
+        ("it is \\boxed{1} </think> so \\boxed{2}", 0.0),
+        ("I never stopped to think: \\boxed{1}", 1.0),
+        ("it is \\boxed{1} </think>", 0.0),
+    ],
+)
+def test_elastic_math_rewards_the_solution_alone(
+    completion: str, reward: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rewards.sample import Sample
+
+    monkeypatch.setattr("rewards.math.STEP_TIMEOUT_S", 60)  # a busy machine needs more
+    sample = Sample(prompt="", completion=completion, problem={"answer": "1"}, num_tokens=3, truncated=False)
+    assert load_script("elastic_math").solution_reward(sample) == reward
 
 
 @pytest.mark.slow

@@ -112,6 +112,28 @@ def test_a_batch_of_another_length_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "problem", "says"),
+    [
+        ("math", {"question": "?"}, "the math reward needs a field 'answer'; the problem has: question"),
+        ("math", {"answer": "####"}, r"problem\['answer'\] = '' has no answer to compare with"),
+        ("code", {"input_output": {"inputs": ["1", "2"], "outputs": ["1"]}}, "1 outputs: a test case is missing"),
+        ("code", {"test_list": []}, r"the code reward needs tests .* the problem has: test_list \(empty\)"),
+    ],
+)
+def test_a_problem_that_cannot_be_scored_is_one_counted_error(
+    tmp_path: Path, name: str, problem: dict[str, object], says: str
+) -> None:
+    async def scenario() -> None:
+        async with pool(tmp_path, RewardConfig(function=name, timeout_s=30.0)) as scorer:
+            with pytest.raises(RewardError, match=f"^reward '{name}' failed: .*{says}") as caught:
+                await scorer.score([sample("7", **problem)])
+            assert "\n" not in str(caught.value)
+            assert scorer.counters() == {f"{name}.failed": 1}
+
+    asyncio.run(asyncio.wait_for(scenario(), 90))
+
+
+@pytest.mark.parametrize(
     ("config", "says"),
     [
         (RewardConfig(function="maths"), "reward.function='maths': expected math, code, .* or PATH.py:FUNCTION"),

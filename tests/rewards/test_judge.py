@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from rewards.config import JudgeConfig, RewardConfig
+from rewards.errors import RewardError
 from rewards.judge import Judge, JudgeError, check_judge, read_mark
+from rewards.pool import RewardPool
 from rewards.sample import Sample
 
 
@@ -131,6 +133,28 @@ def test_trouble_that_stays_is_one_line(endpoint: Endpoint, answer: str | int | 
         raise error
     assert "\n" not in str(error)
     assert len(endpoint.requests) == (1 if answer == 401 else 3)
+
+
+def test_in_the_pool_trouble_is_one_counted_error(endpoint: Endpoint, tmp_path: Path) -> None:
+    """As a worker scores: the group fails with the judge's line, and the next one is marked."""
+    endpoint.answers = ["As an AI", "As an AI", "Mark: 5"]
+    judge = JudgeConfig(url=endpoint.url, model="m", retries=1, request_s=5.0)
+    sample = Sample(prompt="2+2?", completion="4", problem={}, num_tokens=1, truncated=False)
+
+    async def scenario() -> None:
+        pool = RewardPool(RewardConfig(function="judge", judge=judge, timeout_s=30.0), tmp_path)
+        try:
+            await pool.start()
+            with pytest.raises(
+                RewardError, match=r"^reward 'judge' failed: the judge m gave no mark from 0 to 10 in 2"
+            ):
+                await pool.score([sample])
+            assert await pool.score([sample]) == [{"reward": 0.5}]
+            assert (pool.counters()["judge.failed"], pool.counters()["judge.scored"]) == (1, 1)
+        finally:
+            await pool.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 90))
 
 
 def test_nobody_there() -> None:

@@ -1,7 +1,8 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from math_pairs import THEIRS, Pair, ours
+from math_pairs import ours
+from math_verify_pairs import THEIRS, Pair
 
 from rewards.math import math_reward
 from rewards.sample import Sample
@@ -116,10 +117,25 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rewards.math.STEP_TIMEOUT_S", 60)
 
 
+OTHER_SETTINGS = {
+    ("$9$", "Answer $ \n 9 \n $"): "only LaTeX is looked for there; it is the number that is found",
+    ("$9$", "Answer \\( \n 9 \n \\)"): "likewise",
+    (
+        "$(\\begin{pmatrix}\\frac{1}{3}\\\\ \\frac{1}{5} \\end{pmatrix})$",
+        "$\\begin{pmatrix}0.33\\\\0.2 \\end{pmatrix}$",
+    ): "rounded to two places there, to six here",
+    ("$(\\frac{3}{5},\\frac{8}{3}]$", "$(0.6,2.6667]$"): "likewise",
+    ("$x \\in [-2,7]$", "$-2 \\\\le x \\\\le 7$"): "allow_set_relation_comp is true there, and false unless set",
+}
+"""Cases that its tests run with other settings than its own defaults, which the reward uses."""
+
+
 @pytest.mark.usefixtures("patient")
 def test_agrees_with_math_verify_on_its_own_cases() -> None:
+    assert len(set(THEIRS)) >= 250 and {pair[:2] for pair in THEIRS} >= OTHER_SETTINGS.keys()
     for gold, completion, equal in THEIRS:
-        assert (score(completion, gold) == 1.0, library(gold, completion)) == (equal, equal), (gold, completion)
+        wanted = equal != ((gold, completion) in OTHER_SETTINGS)
+        assert (score(completion, gold) == 1.0, library(gold, completion)) == (wanted, wanted), (gold, completion)
 
 
 @pytest.mark.usefixtures("patient")

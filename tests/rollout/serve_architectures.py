@@ -2,8 +2,11 @@
 
     python serve_architectures.py JOBS.json
 
-A job names a folder with a model, and where its next version can be pulled from. The engine starts from the folder,
-takes up the version while requests are in flight, and what was sampled before, across and after goes to `result`.
+A job names a folder with a model, where its next version can be pulled from, and how many ranks share each tensor
+(`ranks`, one without it). The engine starts from the folder,
+takes up the version while requests are in flight, then some more of which only a few tensors have changed. What was
+sampled before, across and after, and with the last of them, goes to `result`; with what was read back of each of these,
+and the last one's weights, as a file beside it.
 
 vLLM takes ten seconds to import, in each of three processes. Here it is imported once: engines are forked from this
 process, and run their worker within their core, which is as vLLM does it on a GPU.
@@ -16,21 +19,30 @@ import multiprocessing
 import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import xxhash
+from safetensors.torch import save_file
 
 from databus.messages import Sampling
 from rollout.config import RolloutConfig
-from rollout.engine.base import Completion, GenerateRequest
+from rollout.engine import vllm_engine
+from rollout.engine.base import Completion, GenerateRequest, Snapshot
+from rollout.engine.tensors import tensors
 from rollout.engine.vllm_engine import VllmEngine
-from rollout.weights_in import pull_snapshot
+from rollout.engine.vllm_setup import engine_arguments
 
 CONFIG = RolloutConfig(context_tokens=26, max_sequences=16)
 PROMPT = (6, 13, 8, 14, 9, 5, 13, 7, 14, 3)  # with the answer, longer than any window
 GROUP = 6
 LANES = 2
+PARTS = 4
+EVERY = 5
+"""Every so many-th tensor changes from one version to the next, each time others."""
 JOB_TIMEOUT_S = 90.0
 MODEL_MODULES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "qwen3_moe")
 
@@ -65,6 +77,11 @@ def import_vllm() -> None:
 
 def run(job: dict[str, Any]) -> None:
     result = Path(job["result"])
+    if job.get("ranks", 1) > 1:  # by itself vLLM 0.32.0 wants a NUMA node for each
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+            str(cores[rank % len(cores)]) for rank in range(job["ranks"])
+        )
     try:
         groups = asyncio.run(serve(job))
         np.savez(result, **{f"{name}.{key}": value for name, group in groups.items() for key, value in flat(group)})
@@ -74,7 +91,14 @@ def run(job: dict[str, Any]) -> None:
 
 async def serve(job: dict[str, Any]) -> dict[str, list[Completion]]:
     engine = VllmEngine(CONFIG, job["model"], seed=0, version=0)
+    vllm_engine.engine_arguments = lambda *given: replace(
+        engine_arguments(*given), tensor_parallel_size=job.get("ranks", 1)
+    )
     await engine.start()
+    # Not before: vLLM 0.32.0 looks through all modules while it starts, and fails over one of llvmlite's, which
+    # whatever compiles with Numba loads.
+    from rollout.weights_in import pull_snapshot
+
     try:
         snapshot = await asyncio.to_thread(pull_snapshot, job["address"], 1, job["num_bytes"], threading.Event())
         before = await engine.generate(request("before"))
@@ -82,11 +106,62 @@ async def serve(job: dict[str, Any]) -> dict[str, list[Completion]]:
         lanes = [asyncio.ensure_future(keep_busy(engine, lane, across)) for lane in range(LANES)]
         await asyncio.sleep(0.1)
         await engine.update(snapshot)
-        snapshot.close()
         await asyncio.gather(*lanes)
-        return {"before": before, "across": across, "after": await engine.generate(request("after"))}
+        groups = {"before": before, "across": across, "after": await engine.generate(request("after"))}
+        await serve_parts(engine, snapshot, Path(job["result"]).parent)
+        return groups | {"parts": await engine.generate(request("parts"))}
     finally:
         await engine.close()
+
+
+async def serve_parts(engine: VllmEngine, snapshot: Snapshot, folder: Path) -> None:
+    """Apply some versions in part; write to `folder` what was read back of them, and the last one's weights."""
+    read = []
+    for _ in range(PARTS):
+        before, snapshot = snapshot, next_part(snapshot)
+        report = await engine.update(snapshot)
+        before.close()
+        ranks = await engine._llm.collective_rpc("echelon_read_back")
+        sent = [(spec.name, spec.xxh3, int(np.prod(spec.shape))) for spec in snapshot.manifest.tensors]
+        read_elements = [sum(count for *_, count in tensor) for tensor in zip(*ranks, strict=True)]
+        read.append(
+            {
+                "loaded": report.loaded_tensors,
+                "changed": len(snapshot.changed or ()),
+                "wrong": [
+                    name
+                    for back in ranks
+                    for (name, xxh3, _), (_, there, _) in zip(sent, back, strict=True)
+                    if there != xxh3
+                ],
+                "unread": [name for (name, _, size), count in zip(sent, read_elements, strict=True) if count < size],
+                "tensors": len(sent),
+            }
+        )
+    (folder / "read.json").write_text(json.dumps(read))
+    weights = {name: tensor.clone() for name, tensor in tensors(snapshot.manifest, snapshot.map())}
+    save_file(weights, folder / "parts.safetensors", {"format": "pt"})
+    snapshot.close()
+
+
+def next_part(snapshot: Snapshot) -> Snapshot:
+    data = bytearray(snapshot.map()[:])
+    specs = list(snapshot.manifest.tensors)
+    changed = set()
+    for index in range(snapshot.version % EVERY, len(specs), EVERY):
+        spec = specs[index]
+        part = slice(spec.offset, spec.offset + spec.num_bytes)
+        values = np.frombuffer(data[part], np.float32) * np.float32(1.05)
+        data[part] = values.tobytes()
+        specs[index] = msgspec.structs.replace(spec, xxh3=xxhash.xxh3_64_intdigest(values.tobytes()))
+        changed.add(spec.name)
+    version = snapshot.version + 1
+    fd = os.memfd_create(f"part-{version}")
+    os.write(fd, data)
+    manifest = msgspec.structs.replace(snapshot.manifest, version=version, tensors=tuple(specs), probe=None)
+    return replace(
+        snapshot, version=version, manifest=manifest, fd=fd, base_version=version - 1, changed=frozenset(changed)
+    )
 
 
 async def keep_busy(engine: VllmEngine, lane: int, completions: list[Completion]) -> None:

@@ -23,7 +23,7 @@ from rollout.engine.expected import ExpectedTensors
 from rollout.engine.small_engine import SmallEngine
 from rollout.engine.tensors import tensors
 from rollout.merging import MergingPull, merge
-from rollout.weights_in import PullError
+from rollout.weight_source import PullError
 
 RANK, SCALE = 4, 2.0
 WEIGHTS = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight")

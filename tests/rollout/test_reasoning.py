@@ -45,6 +45,8 @@ class ScriptedEngine:
 
     async def close(self) -> None: ...
 
+    async def drain(self) -> None: ...
+
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         return UpdateReport(pause_s=0.5)
 

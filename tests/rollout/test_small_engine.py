@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from databus.messages import Probe, Sampling
-from rollout.config import GateConfig, RolloutConfig
+from rollout.config import GateConfig, RolloutConfig, UpdateConfig
 from rollout.engine.base import Completion, Engine, EngineDead, EngineError, GateRefused, GenerateRequest, UpdateFailed
 from rollout.engine.factory import make_engine
 
@@ -138,6 +138,37 @@ def test_update_in_flight_switches_at_a_token(
     for completion in later:
         assert (completion.versions == 4).all()
         np.testing.assert_allclose(completion.logprobs, reference(new, PROMPT, completion, 1.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("kv", ["recompute", "drain"])
+def test_tokens_are_of_their_versions_weights_alone(
+    tiny_model: Path, tiny_weights: dict, other_weights: Callable, make_snapshot: Callable, reference: Callable, kv: Any
+) -> None:
+    new = other_weights(1)
+
+    async def scenario() -> tuple[list[Completion], list[Completion]]:
+        async with engine(tiny_model, update=UpdateConfig(kv=kv)) as small:
+            flying = asyncio.ensure_future(small.generate(request(size=16, tokens=60)))
+            while small.stats().generated_tokens < 100:
+                await asyncio.sleep(0.001)
+            snapshot = make_snapshot(new, 1)
+            await small.drain()
+            waiting = asyncio.ensure_future(small.generate(request("b")))
+            await asyncio.sleep(0.05)
+            await small.update(snapshot)
+            snapshot.close()
+            return await flying, await waiting
+
+    flying, waiting = run(scenario())
+    versions = {int(version) for completion in flying for version in completion.versions}
+    assert versions == ({0, 1} if kv == "recompute" else {0})
+    if kv == "drain":
+        assert all((completion.versions == 1).all() for completion in waiting)
+    for completion in [*flying, *waiting]:
+        for version, weights in enumerate((tiny_weights, new)):
+            of_it = completion.versions == version
+            expected = reference(weights, PROMPT, completion, 1.0)
+            np.testing.assert_allclose(completion.logprobs[of_it], expected[of_it], atol=1e-5)
 
 
 def test_bad_snapshots_change_nothing(tiny_model: Path, other_weights: Callable, make_snapshot: Callable) -> None:

@@ -11,13 +11,15 @@ from databus.messages import Manifest, Mismatch, VersionAnnounced, VersionApplie
 from rollout.config import GateConfig
 from rollout.engine.base import GateRefused, Snapshot, UpdateReport
 from rollout.versions import VersionFollower
-from rollout.weights_in import PullError, VersionGoneError
+from rollout.weight_source import PullError, VersionGoneError
 
 DEAD, ALIVE = "ipc://dead", "ipc://alive"
 
 
 class Engine:
     version = 0
+
+    async def drain(self) -> None: ...
 
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         self.version = snapshot.version
@@ -26,6 +28,8 @@ class Engine:
 
 class Fetched:
     """A snapshot that has nothing to close."""
+
+    received_bytes = None
 
     def __init__(self, version: int) -> None:
         self.version = version

@@ -388,7 +388,7 @@ def test_a_load_that_fails_half_way_is_rolled_back(
     weights = other_weights(6)
     weights["model.norm.weight"] = torch.zeros(3)
     with monkeypatch.context() as patch:
-        patch.setattr(served.engine, "_expected", Anything())
+        patch.setattr(served.engine._update, "_expected", Anything())
         with pytest.raises(UpdateFailed, match="rolled back"):
             served.run(served.engine.update(make_snapshot(weights, version + 1)))
     assert served.engine.version == version

@@ -11,9 +11,11 @@ import zmq
 
 from databus.codec import encode_header
 from databus.messages import Chunk, ChunkRequest, Manifest, ManifestRequest, ToWeightServer, VersionGone
+from rollout.bus_source import OUTSTANDING_CHUNKS
 from rollout.engine.base import Snapshot
 from rollout.engine.tensors import tensors
-from rollout.weights_in import OUTSTANDING_CHUNKS, PullError, PullLimits, VersionGoneError, pull_snapshot
+from rollout.weight_source import PullError, PullLimits, VersionGoneError
+from rollout.weights_in import pull_snapshot
 
 QUICK = PullLimits(resend_s=0.2, silence_s=1.5)
 CHUNK_BYTES = 1000
@@ -157,7 +159,7 @@ def test_silence_ends_the_pull(source: Source, tmp_path: Path) -> None:
     def silent(request: ToWeightServer) -> list[list[bytes]]:
         return source.answer(request) if isinstance(request, ManifestRequest) else []
 
-    with serving(silent, tmp_path) as address, pytest.raises(PullError, match=r"silent for [12] s"):
+    with serving(silent, tmp_path) as address, pytest.raises(PullError, match=r"silent for \d s"):
         source.pull(address)
     with pytest.raises(PullError, match="silent"):
         source.pull(f"ipc://{tmp_path}/nobody")

@@ -45,7 +45,7 @@ from rollout.engine.base import (
     UpdateReport,
 )
 from rollout.lease_work import LeaseWork
-from rollout.weights_in import PullError, VersionGoneError
+from rollout.weight_source import PullError, VersionGoneError
 from rollout.worker import Worker, WorkerRefusedError
 
 
@@ -126,6 +126,8 @@ class FakeEngine:
         logprobs = np.array([-1, *self.logprobs_of.get(request.group_id, (-1, -1))], np.float32)
         one = Completion(token_ids=tokens, logprobs=logprobs, versions=versions, truncated=False)
         return [one] * request.group_size
+
+    async def drain(self) -> None: ...
 
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         self.updating.set()

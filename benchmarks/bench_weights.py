@@ -1,0 +1,269 @@
+"""How long do new weights take from the learner to a worker's host memory, and in how many bytes?
+
+    python benchmarks/bench_weights.py --sizes 1 10 100 --json benchmarks/results/bench_weights.json
+
+Models of several sizes take real AdamW steps, on random tokens, at several learning rates. After each step their
+weights are published, pulled and checked by every way in turn: deltas and whole versions over the learner's socket
+(ipc, and through a link of 1 Gbit/s), whole ones in shared memory; beside safetensors through a file, and pickled
+tensors over ZeroMQ.
+"""
+
+import argparse
+import pickle
+import statistics
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+from common import Bar, hardware, write_result
+from paced_link import paced_link
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from databus.config import WeightsConfig
+from databus.messages import VersionPublished
+from learner.outlet import make_outlet
+from learner.publisher import DeltaPublisher
+from learner.run import process_group
+from learner.snapshot import Snapshotter
+from rollout.weights_in import Puller
+
+LINK_GBIT_S = 1.0
+WARM_UP_STEPS = 3
+HEAD_DIM = 64
+Times = dict[str, list[float]]
+
+
+def build(millions: float) -> nn.Module:
+    """Qwen3's shape with about so many million parameters."""
+    layers = 4 if millions < 50 else 12
+    hidden = max(64, round((millions * 1e6 / (layers * 13)) ** 0.5 / 64) * 64)
+    config = Qwen3Config(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // HEAD_DIM,
+        num_key_value_heads=hidden // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+class Training:
+    """fp32 masters, AdamW, a small batch of random tokens a step."""
+
+    def __init__(self, millions: float) -> None:
+        self.model = build(millions)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0, foreach=True)
+
+    def step(self, lr: float) -> float:
+        """Returns: seconds."""
+        began = time.perf_counter()
+        self.optimizer.param_groups[0]["lr"] = lr
+        ids = torch.randint(0, 512, (1, 64))
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        return time.perf_counter() - began
+
+
+@dataclass
+class Way:
+    """One way from the learner to a worker. figures: seconds of each part, an entry a version."""
+
+    publisher: DeltaPublisher
+    said: list[VersionPublished]
+    puller: Puller
+    through: Callable[[str], str] = lambda address: address
+    figures: Times = field(default_factory=lambda: defaultdict(list))
+
+    def carry(self, version: int) -> None:
+        began = time.perf_counter()
+        self.publisher.publish(version, None)
+        copied = time.perf_counter()
+        self.publisher.wait()
+        published = time.perf_counter()
+        said = self.said[-1]
+        snapshot = self.puller(self.through(said.address), version, said.num_bytes, threading.Event())
+        pulled = time.perf_counter()
+        snapshot.close()
+        for name, value in {
+            "step_waits_s": copied - began,
+            "encode_s": published - copied,
+            "pull_s": pulled - published,
+            "end_to_end_s": pulled - began,
+            "bytes": snapshot.received_bytes or 0,
+        }.items():
+            self.figures[name].append(value)
+
+
+@contextmanager
+def way(model: nn.Module, config: WeightsConfig, bus_address: str, gbit_s: float = 0.0) -> Iterator[Way]:
+    """Args: gbit_s: of the link between the two; 0: none."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        outlet = make_outlet(config, bus_address, keep=2, keys=None, folder=folder)
+        stack.callback(outlet.close)
+        said: list[VersionPublished] = []
+        publisher = DeltaPublisher(Snapshotter(model, "bfloat16", 0), config, outlet, said.append, timeout_s=600.0)
+        stack.callback(publisher.close)
+        puller = Puller()
+        stack.callback(puller.close)
+        if gbit_s:
+            link = stack.enter_context(paced_link(outlet.address, gbit_s))
+            yield Way(publisher, said, puller, lambda _: link)
+        else:
+            yield Way(publisher, said, puller)
+
+
+WAYS: dict[str, tuple[WeightsConfig, str, float]] = {
+    "delta, ipc": (WeightsConfig(encoding="delta", full_every=1000), "ipc:///unused", 0.0),
+    "dense, ipc": (WeightsConfig(encoding="dense"), "ipc:///unused", 0.0),
+    "dense, shm": (WeightsConfig(backend="shm"), "ipc:///unused", 0.0),
+    "delta, 1 Gbit/s": (WeightsConfig(encoding="delta", full_every=1000), "tcp://127.0.0.1:0", LINK_GBIT_S),
+    "dense, 1 Gbit/s": (WeightsConfig(encoding="dense"), "tcp://127.0.0.1:0", LINK_GBIT_S),
+}
+
+
+def serving(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
+
+
+def through_a_file(model: nn.Module) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        path = Path(folder) / "model.safetensors"
+        save_file(serving(model), path)
+        for tensor in load_file(path).values():
+            tensor.clone()  # until then it is only mapped
+        return time.perf_counter() - began
+
+
+def pickled(model: nn.Module) -> float:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        zmq.Context() as context,
+        context.socket(zmq.PUSH) as push,
+        context.socket(zmq.PULL) as pull,
+    ):
+        push.bind(f"ipc://{folder}/weights")
+        pull.connect(f"ipc://{folder}/weights")
+        began = time.perf_counter()
+        push.send(pickle.dumps(serving(model), protocol=5), copy=False)
+        pickle.loads(pull.recv())
+        return time.perf_counter() - began
+
+
+PEERS = {"safetensors through a file": through_a_file, "pickled tensors, ZeroMQ ipc": pickled}
+
+
+def measure(millions: float, rates: list[float], repeats: int, chosen: list[str]) -> dict[str, Any]:
+    training = Training(millions)
+    results: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in training.model.parameters())}
+    with ExitStack() as stack:
+        ways = {name: stack.enter_context(way(training.model, *WAYS[name])) for name in chosen}
+        version = 0
+        for each in ways.values():  # the first one is whole, and compiles what is to be compiled
+            each.carry(version)
+        for rate in rates:
+            peers: Times = defaultdict(list)
+            for each in ways.values():
+                each.figures.clear()
+            for _ in range(WARM_UP_STEPS):
+                training.step(rate)
+            for each in ways.values():  # what those steps changed is no measurement
+                each.carry(version := version + 1)
+                each.figures.clear()
+            for _ in range(repeats):
+                peers["step_s"].append(training.step(rate))
+                version += 1
+                for each in ways.values():
+                    each.carry(version)
+                for name, run in PEERS.items():
+                    peers[name].append(run(training.model))
+            results[f"lr {rate:g}"] = {
+                "ways": {name: summary(each.figures) for name, each in ways.items()},
+                "peers": summary(peers),
+            }
+    return results
+
+
+def summary(figures: Times) -> dict[str, dict[str, float]]:
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in figures.items()
+    }
+
+
+def bars(figures: dict[str, Any], rates: list[float]) -> list[Bar]:
+    """Of the largest model at the smallest rate."""
+    largest = figures[max(figures, key=lambda size: figures[size]["parameters"])]
+    ways = largest[f"lr {min(rates):g}"]["ways"]
+    size = 2 * largest["parameters"]
+
+    def median(name: str, what: str) -> float:
+        return ways[name][what]["median"]
+
+    found: list[Bar] = []
+    if "delta, ipc" in ways:
+        found.append(Bar("times fewer bytes than dense", size / median("delta, ipc", "bytes"), 15, "at least"))
+        found.append(Bar("encode, GB/s of weights", size / median("delta, ipc", "encode_s") / 1e9, 1, "at least"))
+        found.append(Bar("pull and apply, GB/s of weights", size / median("delta, ipc", "pull_s") / 1e9, 1, "at least"))
+    for link, bound, turned in (("1 Gbit/s", 8.0, True), ("ipc", 1.2, False)):
+        if {f"delta, {link}", f"dense, {link}"} <= ways.keys():
+            ratio = median(f"dense, {link}", "end_to_end_s") / median(f"delta, {link}", "end_to_end_s")
+            name = f"{link}: times faster than dense" if turned else f"{link}: time beside dense"
+            found.append(Bar(name, ratio if turned else 1 / ratio, bound, "at least" if turned else "at most"))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1, 10, 100], help="million parameters")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 3e-6, 1e-5])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/bench_weights.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {}
+    with process_group("cpu", timeout_s=600.0):
+        for size in args.sizes:
+            figures[f"{size:g} M"] = measure(size, args.rates, args.repeats, args.ways)
+            for rate in args.rates:
+                report(f"{size:g} M", rate, figures[f"{size:g} M"])
+    write_result(
+        args.json,
+        question="How long do new weights take from the learner to a worker's host memory, and in how many bytes?",
+        figures=figures,
+        peers={size: {rate: each["peers"] for rate, each in of.items() if rate != "parameters"} for size, of in
+               figures.items()},
+        bars=bars(figures, args.rates),
+        device=hardware(),
+    )  # fmt: skip
+
+
+def report(size: str, rate: float, results: dict[str, Any]) -> None:
+    of = results[f"lr {rate:g}"]
+    print(f"{size}, {results['parameters']:,} parameters, lr {rate:g}:")
+    for name, figures in of["ways"].items():
+        parts = ", ".join(f"{what[:-2]} {figures[what]['median']:.3f}" for what in figures if what != "bytes")
+        print(f"  {name}: {figures['bytes']['median'] / 1e6:.2f} MB; seconds: {parts}")
+    for name, values in of["peers"].items():
+        print(f"  {name}: {values['median']:.3f} s")
+
+
+if __name__ == "__main__":
+    main()
