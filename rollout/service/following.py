@@ -8,7 +8,7 @@ from databus.errors import BusError
 from databus.messages import VersionAnnounced
 from rollout.engine.base import Engine, EngineDead, Snapshot, UpdateFailed, UpdateReport
 from rollout.versions import Pull, Tell, VersionFollower
-from rollout.weights_in import PullError
+from rollout.weight_source import PullError
 
 LOOK_EVERY_S = 0.25
 

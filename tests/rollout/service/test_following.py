@@ -11,7 +11,7 @@ from databus.errors import BusLost
 from databus.messages import Manifest, VersionAnnounced, VersionApplied
 from rollout.engine.base import EngineDead, UpdateReport
 from rollout.service.following import Following
-from rollout.weights_in import PullError
+from rollout.weight_source import PullError
 
 
 class Fetched:
