@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 ROLE = "prepare"
 
 
-def prepare(folder: RunFolder, elsewhere: bool) -> None:
+def prepare(folder: RunFolder, elsewhere: bool = False) -> None:
     """Args: elsewhere: the other roles run on other machines, so nothing is said of this one's devices.
 
     Raises: ValueError, in one line, for the first thing that cannot work.
