@@ -105,7 +105,7 @@ def test_no_chat_without_a_template(asked: openai.OpenAI) -> None:
     [
         ({"model": "other"}, 404, "does not exist"),
         ({"max_tokens": -1}, 400, "max_tokens"),
-        ({"prompt": [6] * 400}, 400, "context length"),
+        ({"prompt": [6] * 400}, 400, "max_tokens"),  # no room is left for a token
         ({"seed": 1}, 400, "seed is not supported"),
         ({"vllm_xargs": {"echelon_probe": 1}}, 400, "not for requests"),
     ],
