@@ -1,6 +1,7 @@
 """From a function's reference in the configuration, a reward's above all, to the function itself."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,12 @@ def load_reward(reference: str, base_dir: Path, config: RewardConfig | None = No
 
 
 def warm_up(config: RewardConfig) -> None:
-    """Import what the built-ins need and takes seconds: no completion's deadline should pay for it."""
-    for reference in set(references(config)) & SLOW_IMPORTS.keys():
-        importlib.import_module(SLOW_IMPORTS[reference])
+    """Import what the built-ins need and takes seconds: no completion's deadline should pay for it. A function of the
+    user's may call one as well, whose module has been imported by then."""
+    named = set(references(config))
+    for reference, slow in SLOW_IMPORTS.items():
+        if reference in named or BUILT_INS[reference].partition(":")[0] in sys.modules:
+            importlib.import_module(slow)
 
 
 def references(config: RewardConfig) -> list[str]:

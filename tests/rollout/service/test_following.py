@@ -29,6 +29,8 @@ class Engine:
 
     version = 7
 
+    async def drain(self) -> None: ...
+
     async def update(self, snapshot: Any) -> UpdateReport:
         if snapshot.version == 13:
             raise EngineDead("no more")
