@@ -57,7 +57,7 @@ def add_routes(app: Any, rollouts: RolloutDesk, desk: WeightDesk, doors: Doors) 
 
 
 def _answering(route: Endpoint) -> Endpoint:
-    """Errors as answers. vLLM (0.32.0) fixes the app's own handlers when it makes it: one that is added is not asked."""
+    """Errors as answers. vLLM (0.32.0) fixes the app's own handlers when it makes it: one added is not asked."""
 
     async def answer(request: Request) -> Response:
         try:

@@ -17,6 +17,8 @@ from rollout.weight_source import PullError
 class Fetched:
     """A snapshot that has nothing to close."""
 
+    received_bytes = None
+
     def __init__(self, version: int) -> None:
         self.version = version
         self.manifest = Manifest(version=version, num_bytes=1, chunk_bytes=1, tensors=())
