@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -214,14 +215,12 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], lis
     ):
         if args.repeats == 0:
             continue
-        servers: list[Server] = []
-        try:
-            servers.append(echelon(args.model, args.port, folder, draft))
-            servers.append(vllm(args.model, args.port + 1, folder, *more))
-            figures[name] = compare(*servers, args.model, folder, args)
-        finally:
-            for server in servers:
-                server.stop()
+        with ExitStack() as stack:
+            ours = echelon(args.model, args.port, folder, draft)
+            stack.callback(ours.stop)
+            theirs = vllm(args.model, args.port + 1, folder, *more)
+            stack.callback(theirs.stop)
+            figures[name] = compare(ours, theirs, args.model, folder, args)
     if "drafting off" in figures:
         overhead = 1 / figures["drafting off"]["ratio"] - 1
         bars.append(Bar("overhead over vllm serve, drafting off", overhead, OVERHEAD_BOUND, "at most"))
@@ -235,7 +234,7 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=ROOT / ".cache/chain_sum/model")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of rounds; 0: the soak alone")
