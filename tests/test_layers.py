@@ -17,7 +17,7 @@ MAY_IMPORT = {
 }
 HEAVY = {"torch", "vllm", "transformers", "datasets", "wandb"}
 HEAVY_FREE_PACKAGES = ("databus", "rewards")
-VLLM_INTERNALS_MAX = 11
+VLLM_INTERNALS_MAX = 9
 CONFIGURATION = ("databus.config", "rewards.config", "rollout.config", "learner.config", "echelon.config")
 BROKER = "echelon.roles.broker"
 MARK = "loaded:"

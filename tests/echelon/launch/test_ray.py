@@ -132,6 +132,7 @@ def left(found: Any, within_s: float = 60.0) -> list[Any]:
     return rest
 
 
+@pytest.mark.cluster
 def test_run_on_four_nodes_goes_on_when_one_is_killed(cluster, write_recipe, start_run, tmp_path: Path) -> None:
     """Two nodes have a rank of the learner each, two a worker."""
     settings = ("--on", "ray", f"ray.address={cluster.address}", "learner.nodes=2", "learner.ranks=2")
@@ -155,6 +156,7 @@ def test_run_on_four_nodes_goes_on_when_one_is_killed(cluster, write_recipe, sta
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.cluster
 def test_more_workers_than_places(cluster, write_recipe, start_run, tmp_path: Path) -> None:
     settings = ("--on", "ray", f"ray.address={cluster.address}", "rollout.workers=9", "rollout.start_timeout_s=8")
     run = start_run(write_recipe(tmp_path), tmp_path / "run", *settings)

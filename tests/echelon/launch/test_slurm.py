@@ -98,6 +98,7 @@ def said(run_dir: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_a_job_is_submitted_runs_on_three_nodes_and_ends(slurm, write_recipe, tmp_path: Path) -> None:
     """Two nodes have a rank of the learner each, one has two workers, of which one is killed."""
