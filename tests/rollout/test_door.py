@@ -62,6 +62,7 @@ def test_a_cancelled_one_leaves_the_door() -> None:
         await asyncio.sleep(0)
         staying.cancel()
         await asyncio.gather(staying, return_exceptions=True)
-        await asyncio.wait_for(door.shut(), 5)
+        await asyncio.wait_for(door.shut(), 5)  # or it would wait for the one who has gone
+        assert staying.cancelled() and not door.is_open
 
     asyncio.run(scenario())
