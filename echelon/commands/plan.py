@@ -4,6 +4,8 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -24,14 +26,25 @@ def execute(args: argparse.Namespace) -> int:
     run_dir = _run_dir(plain, args.from_run)
     recipe = load_recipe(args.recipe, overrides)
     basis = make_basis(recipe.config, run_dir, parse_assumed(assumed))
-    logging.disable(logging.WARNING)  # what a broker warns of is of no interest where there is none
-    tried = list(_tried(recipe.config, basis, args))
+    with _quiet_broker():
+        tried = list(_tried(recipe.config, basis, args))
     chosen, why = recommend(tried, recipe.config.batch_groups)
     if args.json:
         sys.stdout.write(json.dumps(_as_json(recipe.name, run_dir, basis, tried, chosen, why), indent=1) + "\n")
     else:
         _print(recipe.name, run_dir, basis, tried, chosen, why)
     return 0 if chosen is not None else 1
+
+
+@contextmanager
+def _quiet_broker() -> Iterator[None]:
+    """What a broker warns of is of no interest where there is none."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _run_dir(plain: list[str], named: str | None) -> str | None:

@@ -39,7 +39,8 @@ from rollout.engine.vllm_setup import engine_arguments
 CONFIG = RolloutConfig(context_tokens=26, max_sequences=16)
 PROMPT = (6, 13, 8, 14, 9, 5, 13, 7, 14, 3)  # with the answer, longer than any window
 GROUP = 6
-LANES = 2
+LANES = (16, 13, 11)
+"""Tokens a completion, lane by lane: of different lengths, as else all could be between two groups at the switch."""
 PARTS = 4
 EVERY = 5
 """Every so many-th tensor changes from one version to the next, each time others."""
@@ -103,8 +104,9 @@ async def serve(job: dict[str, Any]) -> dict[str, list[Completion]]:
         snapshot = await asyncio.to_thread(pull_snapshot, job["address"], 1, job["num_bytes"], threading.Event())
         before = await engine.generate(request("before"))
         across: list[Completion] = []
-        lanes = [asyncio.ensure_future(keep_busy(engine, lane, across)) for lane in range(LANES)]
-        await asyncio.sleep(0.1)
+        lanes = [asyncio.ensure_future(keep_busy(engine, max_tokens, across)) for max_tokens in LANES]
+        while not across:  # on a busy machine the first ones can take long to come in
+            await asyncio.sleep(0.01)
         await engine.update(snapshot)
         await asyncio.gather(*lanes)
         groups = {"before": before, "across": across, "after": await engine.generate(request("after"))}
@@ -164,16 +166,16 @@ def next_part(snapshot: Snapshot) -> Snapshot:
     )
 
 
-async def keep_busy(engine: VllmEngine, lane: int, completions: list[Completion]) -> None:
+async def keep_busy(engine: VllmEngine, max_tokens: int, completions: list[Completion]) -> None:
     """One group after the other until the new version is served: whenever it comes, some are under way."""
     turn = 0
     while engine.version == 0:
-        completions += await engine.generate(request(f"lane{lane}.{turn}"))
+        completions += await engine.generate(request(f"lane{max_tokens}.{turn}", max_tokens))
         turn += 1
 
 
-def request(group_id: str) -> GenerateRequest:
-    sampling = Sampling(max_tokens=CONFIG.context_tokens - len(PROMPT), temperature=1.0)
+def request(group_id: str, max_tokens: int = CONFIG.context_tokens - len(PROMPT)) -> GenerateRequest:
+    sampling = Sampling(max_tokens=max_tokens, temperature=1.0)
     return GenerateRequest(group_id=group_id, prompt_ids=PROMPT, group_size=GROUP, sampling=sampling)
 
 
