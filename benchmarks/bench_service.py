@@ -32,11 +32,12 @@ from rollout.service.client import ServiceClient
 from rollout.service.protocol import Prompt, ScoredGroup
 
 ROOT = Path(__file__).resolve().parents[1]
+VLLM = (sys.executable, str(ROOT / "benchmarks" / "vllm_cli.py"))
 START_S, STOP_S, ROUND_S = 900.0, 120.0, 1800.0
 OVERHEAD_BOUND = 0.03
 UPDATE_EVERY_S = 5.0
 ADMIN_KEY = "a-key-for-this-benchmark-alone"
-CONTEXT_TOKENS, SEQUENCES = 1024, 64
+CONTEXT_TOKENS, SEQUENCES = 512, 64
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
 
@@ -60,7 +61,8 @@ class Server:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                raise SystemExit(f"{' '.join(words)} did not start: see {self._log.name}")
+                said = Path(self._log.name).read_text()[-2000:]
+                raise SystemExit(f"{' '.join(words)} did not start:\n{said}")
             time.sleep(0.5)
 
     def _answers(self) -> bool:
@@ -93,9 +95,7 @@ def echelon(model: Path, port: int, folder: Path, draft: str = "off") -> Server:
 
 
 def vllm(model: Path, port: int, folder: Path, *more: str) -> Server:
-    words = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--served-model-name", "model"]
-    if not Path(words[0]).exists():
-        words[:1] = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    words = [*VLLM, "serve", str(model), "--served-model-name", "model"]
     words += ["--port", str(port), "--dtype", "float32", "--max-model-len", str(CONTEXT_TOKENS), "--enforce-eager"]
     return Server([*words, "--max-num-seqs", str(SEQUENCES), *more], port, folder)
 
@@ -103,12 +103,14 @@ def vllm(model: Path, port: int, folder: Path, *more: str) -> Server:
 def load(server: Server, model: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One round of vLLM's load generator, as it saw it."""
     file = f"round-{time.monotonic_ns()}.json"
-    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"]
+    words = [*VLLM, "bench", "serve", "--backend", "openai"]
     words += ["--base-url", server.url, "--model", "model", "--tokenizer", str(model), "--dataset-name", "random"]
     words += ["--random-input-len", "32", "--random-output-len", str(args.tokens), "--ignore-eos"]
     words += ["--num-prompts", str(args.requests), "--max-concurrency", str(args.concurrency), "--temperature", "1"]
     words += ["--disable-tqdm", "--save-result", "--result-dir", str(folder), "--result-filename", file]
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, timeout=ROUND_S)
+    ran = subprocess.run(words, cwd=ROOT, check=False, capture_output=True, text=True, timeout=ROUND_S)
+    if ran.returncode != 0:
+        raise SystemExit(f"{' '.join(words)} ended with {ran.returncode}:\n{ran.stderr[-2000:]}")
     return json.loads((folder / file).read_text())
 
 
