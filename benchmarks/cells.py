@@ -1,4 +1,4 @@
-"""Series of long runs of the demo's recipe that can be interrupted: what one gave is in a file, and is not run again."""
+"""Series of long runs of the demo's recipe that can be interrupted: what one gave is in a file, and not run again."""
 
 import json
 import statistics
