@@ -99,11 +99,14 @@ class Way:
         snapshot = self.puller(self.through(said.address), version, said.num_bytes, threading.Event())
         pulled = time.perf_counter()
         snapshot.close()
+        self.puller.settle()  # made ahead, while a version is trained: it must not meet what is measured next
+        settled = time.perf_counter()
         for name, value in {
             "step_waits_s": copied - began,
             "encode_s": published - copied,
             "pull_s": pulled - published,
             "end_to_end_s": pulled - began,
+            "made_ahead_s": settled - pulled,
             "bytes": snapshot.received_bytes or 0,
         }.items():
             self.figures[name].append(value)
@@ -220,7 +223,10 @@ def bars(figures: dict[str, Any], rates: list[float]) -> list[Bar]:
     if "delta, ipc" in ways:
         found.append(Bar("times fewer bytes than dense", size / median("delta, ipc", "bytes"), 15, "at least"))
         found.append(Bar("encode, GB/s of weights", size / median("delta, ipc", "encode_s") / 1e9, 1, "at least"))
-        found.append(Bar("pull and apply, GB/s of weights", size / median("delta, ipc", "pull_s") / 1e9, 1, "at least"))
+        taken_up = median("delta, ipc", "pull_s") + median("delta, ipc", "made_ahead_s")
+        found.append(
+            Bar("pull and apply, what is made ahead too, GB/s of weights", size / taken_up / 1e9, 1, "at least")
+        )
     for link, bound, turned in (("1 Gbit/s", 8.0, True), ("ipc", 1.2, False)):
         if {f"delta, {link}", f"dense, {link}"} <= ways.keys():
             ratio = median(f"dense, {link}", "end_to_end_s") / median(f"delta, {link}", "end_to_end_s")

@@ -19,6 +19,9 @@ from rollout.weight_source import DamagedError, PullLimits, VersionGoneError, We
 
 logger = logging.getLogger(__name__)
 
+READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+COPY_BYTES = 1 << 28
+"""At a time: between two of these a copy can be given up."""
 WORD_DTYPES = {"float32": np.dtype("<u4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2")}
 
 
@@ -38,16 +41,78 @@ def pull_snapshot(
         puller.close()
 
 
+class _Buffer:
+    """A version's bytes in anonymous shared memory: a descriptor, and all of its pages mapped."""
+
+    def __init__(self, fd: int, num_bytes: int, access: int) -> None:
+        """Takes the descriptor over, and closes it where this raises. Raises: OSError."""
+        self.fd = fd
+        try:
+            # All pages at once: one by one they would take as long as what is done with them.
+            self.map = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, access)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def close(self) -> None:
+        """The map goes with the last array that has it: closed by hand it would object to one in a traceback."""
+        os.close(self.fd)
+        del self.map
+
+
 @dataclass(frozen=True)
 class _Held:
     """A version that was pulled, and found to be what its manifest says; never written again."""
 
     manifest: Manifest
-    fd: int
+    buffer: _Buffer
 
     @property
     def version(self) -> int:
         return self.manifest.version
+
+
+class _Spare:
+    """A copy of what is held, made ahead in a thread: the next delta is put into it at once.
+
+    A pull that has to copy first holds two versions at its end as well: what is taken up at the most is the same. That
+    memory is taken, given back and mapped takes longer than what is done with it, and so is done here, too.
+    """
+
+    def __init__(self, held: _Held, before: _Held | None) -> None:
+        """Args: before: what was held until now; it is closed."""
+        self._buffer: _Buffer | None = None
+        self._stop = threading.Event()
+        fd = os.dup(held.buffer.fd)
+        self._thread = threading.Thread(
+            target=self._make, args=(fd, held.manifest, before), name="weights-spare", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def take(self) -> _Buffer | None:
+        """None where it could not be made. Waits for it; once."""
+        self._thread.join()
+        buffer, self._buffer = self._buffer, None
+        return buffer
+
+    def close(self) -> None:
+        self._stop.set()
+        buffer = self.take()
+        if buffer is not None:
+            buffer.close()
+
+    def _make(self, fd: int, manifest: Manifest, before: _Held | None) -> None:
+        try:
+            if before is not None:
+                before.buffer.close()
+            self._buffer = _Buffer(_copied(fd, manifest, self._stop), manifest.num_bytes, READ_WRITE)
+        except (OSError, DamagedError) as error:  # as where there is no room: then it is tried again, in the pull
+            logger.warning("no copy of version %d was made ahead: %s", manifest.version, error)
+        finally:
+            os.close(fd)
 
 
 class Puller:
@@ -62,6 +127,7 @@ class Puller:
         self._limits = limits or PullLimits()
         self._keys = keys
         self._held: _Held | None = None
+        self._spare: _Spare | None = None
         self._lock = threading.Lock()
 
     def __call__(self, address: str, version: int, num_bytes: int, stop: threading.Event) -> Snapshot:
@@ -77,39 +143,60 @@ class Puller:
             except MalformedMessage as error:
                 raise DamagedError(f"version {version}: the learner sent something malformed: {error}") from error
 
+    def settle(self) -> None:
+        """Wait until what is made ahead for the next pull is there."""
+        with self._lock:
+            if self._spare is not None:
+                self._spare.wait()
+
     def close(self) -> None:
         """Forget what is held. Harmless when called again."""
         with self._lock:
             self._drop()
 
     def _drop(self) -> None:
+        self._drop_spare()
         if self._held is not None:
-            os.close(self._held.fd)
+            self._held.buffer.close()
         self._held = None
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.close()
+        self._spare = None
 
     def _pull(self, address: str, version: int, num_bytes: int, stop: threading.Event) -> Snapshot:
         with open_source(address, stop, self._limits, self._keys) as source:
             manifest = source.manifest(version)
             _check(manifest, num_bytes)
-            fd = self._fetch_from_held(source, manifest)
-            if fd is None:
-                fd = _fetch_whole(source, manifest)
+            buffer = self._fetch_from_held(source, manifest)
+            by_delta = buffer is not None
+            if buffer is None:
+                buffer = _fetch_whole(source, manifest)
             received_bytes = source.received_bytes
-        base = None if self._held is None else self._held.manifest
-        self._drop()
-        self._held = _Held(manifest, os.dup(fd))
-        snapshot = Snapshot(version=version, manifest=manifest, fd=fd, received_bytes=received_bytes)
+        before, self._held = self._held, _Held(manifest, buffer)
+        snapshot = Snapshot(version=version, manifest=manifest, fd=os.dup(buffer.fd), received_bytes=received_bytes)
+        if by_delta:  # and so, most likely, is the next one
+            self._spare = _Spare(self._held, before)
+        elif before is not None:
+            before.buffer.close()
+        base = None if before is None else before.manifest
         return snapshot if base is None or not same_layout(base, manifest) else _with_base(snapshot, base)
 
-    def _fetch_from_held(self, source: WeightSource, manifest: Manifest) -> int | None:
-        """A descriptor of the version, checked. None where what is held is no base of it, or that came to nothing: then
-        nothing is held any more. Raises: PullError."""
+    def _fetch_from_held(self, source: WeightSource, manifest: Manifest) -> _Buffer | None:
+        """The version, checked. None where what is held is no base of it, or that came to nothing: then nothing is held
+        any more. Raises: PullError."""
         held = self._held
         deltas = None if held is None else _from_base(manifest, held.manifest)
         if held is None or deltas is None:
+            self._drop_spare()
             return None
+        spare, self._spare = self._spare, None
         try:
-            return _completed(source, manifest, deltas, _copied(held.fd, manifest))
+            buffer = None if spare is None else spare.take()
+            if buffer is None:
+                buffer = _Buffer(_copied(held.buffer.fd, manifest), manifest.num_bytes, READ_WRITE)
+            return _completed(source, manifest, deltas, buffer)
         except (DamagedError, MalformedMessage, VersionGoneError) as error:
             logger.warning(
                 "version %d, from version %d: %s; pulling it in whole", manifest.version, held.version, error
@@ -129,28 +216,25 @@ def _with_base(snapshot: Snapshot, base: Manifest) -> Snapshot:
     )
 
 
-def _fetch_whole(source: WeightSource, manifest: Manifest) -> int:
-    """A descriptor of the version, checked. Raises: PullError, MalformedMessage."""
+def _fetch_whole(source: WeightSource, manifest: Manifest) -> _Buffer:
+    """The version, checked. Raises: PullError, MalformedMessage."""
     deltas = [delta for delta in manifest.deltas if 0 <= manifest.whole_version <= delta.base_version]
     fd = source.whole(manifest) if source.is_private() or not deltas else _copied_whole(source, manifest)
-    return _completed(source, manifest, deltas, fd)
+    access = READ_WRITE if deltas else mmap.PROT_READ
+    return _completed(source, manifest, deltas, _Buffer(fd, manifest.num_bytes, access))
 
 
-def _completed(source: WeightSource, manifest: Manifest, deltas: Sequence[Delta], fd: int) -> int:
-    """`fd` itself, once what it lacks is in it, and it is what the manifest says; where it is not, it is closed."""
+def _completed(source: WeightSource, manifest: Manifest, deltas: Sequence[Delta], buffer: _Buffer) -> _Buffer:
+    """`buffer` itself, once what it lacks is in it, and it is what the manifest says; where it is not, it is closed."""
     try:
-        # All pages at once: one by one they would take as long as what is done with them. The map goes with the last
-        # array that has it: closed by hand it would object to one in a traceback.
-        access = mmap.PROT_READ | (mmap.PROT_WRITE if deltas else 0)
-        buffer = mmap.mmap(fd, manifest.num_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, access)
-        _put_in(source, manifest, deltas, buffer)
-        wrong = first_mismatch(manifest, buffer)  # of all: it takes a small part of the time that copying takes
+        _put_in(source, manifest, deltas, buffer.map)
+        wrong = first_mismatch(manifest, buffer.map)  # of all: it takes a small part of the time that copying takes
         if wrong:
             raise DamagedError(f"version {manifest.version}: tensor {wrong!r} does not match its checksum")
     except BaseException:
-        os.close(fd)
+        buffer.close()
         raise
-    return fd
+    return buffer
 
 
 def _from_base(manifest: Manifest, base: Manifest) -> list[Delta] | None:
@@ -180,13 +264,15 @@ def _copied_whole(source: WeightSource, manifest: Manifest) -> int:
         os.close(shared)
 
 
-def _copied(fd: int, manifest: Manifest) -> int:
-    """A copy that may be written to."""
+def _copied(fd: int, manifest: Manifest, stop: threading.Event | None = None) -> int:
+    """A copy that may be written to. Raises: OSError; DamagedError, also once `stop` is set."""
     copy = os.memfd_create(f"weights-{manifest.version}", os.MFD_CLOEXEC)
     try:
         done = 0
-        while done < manifest.num_bytes:  # at most 2 GiB at a time; the kernel need not clear the pages first
-            count = os.sendfile(copy, fd, done, manifest.num_bytes - done)
+        while done < manifest.num_bytes:  # the kernel need not clear the pages first
+            if stop is not None and stop.is_set():
+                raise DamagedError("given up")
+            count = os.sendfile(copy, fd, done, min(COPY_BYTES, manifest.num_bytes - done))
             if not count:
                 raise DamagedError(f"version {manifest.version}: its base is cut short")
             done += count

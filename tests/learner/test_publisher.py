@@ -1,11 +1,12 @@
 """Versions that travel as deltas are, bit for bit, those that would have travelled in whole; by every way there is."""
 
+import errno
 import os
 import signal
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from learner.publisher import DeltaPublisher
 from learner.run import process_group
 from learner.snapshot import Snapshotter
 from learner.weights_out import WeightServer
+from rollout import weights_in
 from rollout.engine.base import Snapshot
 from rollout.weight_source import DamagedError, PullError, PullLimits, VersionGoneError
 from rollout.weights_in import Puller
@@ -183,6 +185,64 @@ def test_whole_versions_stay_what_they_are(single_rank: None, tiny_model: Path, 
         for snapshot, dense in pulled:
             assert dense is not None and bytes(snapshot.map()) == bytes(dense.data)  # type: ignore[arg-type]
             snapshot.close()
+
+
+def open_copies() -> int:
+    """Versions in memory that this process has open."""
+    count = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the one that listing them took
+            count += "memfd:weights-" in os.readlink(f"/proc/self/fd/{fd}")
+    return count
+
+
+def test_the_copy_that_the_next_delta_goes_into_is_made_ahead(
+    single_rank: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying = []
+    copied = weights_in._copied
+
+    def counted(*args: Any) -> int:
+        copying.append(threading.current_thread() is threading.main_thread())
+        return copied(*args)
+
+    monkeypatch.setattr(weights_in, "_copied", counted)
+    puller = Puller(QUICK)
+    with staged(tiny_model, tmp_path, WeightsConfig(full_every=100)) as stage:
+        for version in range(5):
+            stage.publish(version)
+            assert_dense(stage, stage.pull(puller))
+            stage.train(seed=version, names="q_proj")
+        assert copying[:1] == [True] and copying.count(True) == 1, "only the first delta had to wait for a copy"
+        assert len(copying) >= 4
+    puller.close()
+    assert open_copies() == 0
+
+
+def test_without_room_for_a_copy_ahead_the_pull_makes_its_own(
+    single_rank: None,
+    tiny_model: Path,
+    tmp_path: Path,
+    puller: Puller,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    create = os.memfd_create
+
+    def no_room(*args: Any) -> int:
+        if threading.current_thread().name == "weights-spare":
+            raise OSError(errno.ENOMEM, "no room")
+        return create(*args)
+
+    monkeypatch.setattr(os, "memfd_create", no_room)
+    with staged(tiny_model, tmp_path, WeightsConfig(full_every=100)) as stage:
+        for version in range(4):
+            stage.publish(version)
+            pulled = stage.pull(puller)
+            assert (pulled.received_bytes or 0) < pulled.manifest.num_bytes / 4 or version == 0
+            assert_dense(stage, pulled)
+            stage.train(seed=version, names="q_proj")
+    assert any("no copy of version" in message for message in caplog.messages)
 
 
 # ---------------------------------------------------------------- who comes late, or stays behind
