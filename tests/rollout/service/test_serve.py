@@ -102,20 +102,49 @@ def test_no_chat_without_a_template(asked: openai.OpenAI) -> None:
         asked.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "1"}])
 
 
-@pytest.mark.parametrize(
-    ("fields", "status", "reason"),
-    [
-        ({"model": "other"}, 404, "does not exist"),
-        ({"max_tokens": -1}, 400, "max_tokens"),
-        ({"prompt": [6] * 400}, 400, "max_tokens"),  # no room is left for a token
-        ({"seed": 1}, 400, "seed is not supported"),
-        ({"vllm_xargs": {"echelon_probe": 1}}, 400, "not for requests"),
-    ],
-)
-def test_vllms_routes_say_what_is_wrong(service: Any, fields: dict[str, Any], status: int, reason: str) -> None:
-    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 4} | fields
-    got = curl(service, "/v1/completions", "-H", "content-type: application/json", "-d", json.dumps(body))
-    assert (got[0], reason in json.loads(got[1])["error"]["message"]) == (status, True), got
+WRONG_COMPLETIONS: list[tuple[Any, int, str]] = [
+    (b"{", 400, "JSON"),
+    (b"[]", 400, "dict"),
+    ({"model": "other"}, 404, "does not exist"),
+    ({"max_tokens": -1}, 400, "max_tokens"),
+    ({"prompt": [6] * 400}, 400, "max_tokens"),  # no room is left for a token
+    ({"temprature": 0.5}, 400, "unknown field 'temprature'"),
+    ({"temperature": "warm"}, 400, "temperature"),
+    ({"top_p": 2}, 400, "top_p"),
+    ({"seed": 1}, 400, "seed is not supported"),
+    ({"vllm_xargs": {"echelon_probe": 1}}, 400, "not for requests"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "reason"), WRONG_COMPLETIONS)
+def test_vllms_routes_say_what_is_wrong(service: Any, fields: Any, status: int, reason: str) -> None:
+    answer = post(service, "/v1/completions", fields, {"model": NAME, "prompt": PROMPT, "max_tokens": 4})
+    message = answer.json()["error"]["message"]
+    assert (answer.status_code, reason in message) == (status, True), message
+    assert "Traceback" not in message
+
+
+def test_fields_without_effect_are_taken(service: Any) -> None:
+    body = {"model": NAME, "prompt": PROMPT, "max_tokens": 4, "user": "somebody", "metadata": {"a": "b"}}
+    assert post(service, "/v1/completions", {}, body).status_code == 200
+
+
+def test_what_is_wrong_is_counted_and_disturbs_nobody(service: Any, asked: openai.OpenAI) -> None:
+    """All of it, while somebody else listens to a stream."""
+    how: dict[str, Any] = {"model": NAME, "prompt": PROMPT, "max_tokens": 380, "temperature": 0, "logprobs": 1}
+    how["extra_body"] = {"ignore_eos": True}
+    alone = asked.completions.create(**how).choices[0].text
+    before = metric(service, "echelon_requests_refused_total")
+    stream = iter(asked.completions.create(**how, stream=True))
+    said = [next(stream).choices[0].text]
+    completions = [
+        post(service, "/v1/completions", each[0], {"model": NAME, "prompt": PROMPT}) for each in WRONG_COMPLETIONS
+    ]
+    rollouts = [post(service, "/v1/rollouts", each[0], GOOD_ROLLOUT) for each in BAD]
+    assert not [answer for answer in completions + rollouts if answer.is_success]
+    said += [part.choices[0].text for part in stream if part.choices]
+    assert "".join(said) == alone
+    assert metric(service, "echelon_requests_refused_total") == before + len(completions) + len(rollouts)
 
 
 # ---------------------------------------------------------------- rollouts
@@ -154,7 +183,8 @@ def test_a_group_has_a_deadline(client: ServiceClient) -> None:
     assert late.error.code == 504
 
 
-BAD = [
+GOOD_ROLLOUT: dict[str, Any] = {"prompts": [{"text": PROMPT}], "sampling": {"max_tokens": 4}}
+BAD: list[tuple[Any, int, str, str | None]] = [
     (b"{", 400, "no JSON", None),
     (b"[" * 100_000, 400, "got `array`", None),
     (b'{"prompts": [{"text": "1", "problem": {"a": ' + b"[" * 100_000, 400, "no JSON", None),
@@ -181,10 +211,7 @@ BAD = [
 
 @pytest.mark.parametrize(("fields", "status", "reason", "param"), BAD)
 def test_rollouts_say_what_is_wrong(service: Any, fields: Any, status: int, reason: str, param: str | None) -> None:
-    good = {"prompts": [{"text": PROMPT}], "sampling": {"max_tokens": 4}}
-    body = fields if isinstance(fields, bytes) else json.dumps(good | fields)
-    headers = {"authorization": f"Bearer {API_KEY}", "content-type": "application/json"}
-    answer = httpx.post(f"{service.url}/v1/rollouts", content=body, headers=headers, timeout=DEADLINE_S)
+    answer = post(service, "/v1/rollouts", fields, GOOD_ROLLOUT)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (status, status, param)
     assert reason in error["message"]
@@ -405,6 +432,13 @@ def metric(service: Any, name: str, **labels: str) -> float:
     found = [each.value for each in samples if each.name == name and labels.items() <= each.labels.items()]
     assert found or labels, f"no metric {name}"
     return sum(found)
+
+
+def post(service: Any, path: str, fields: Any, good: dict[str, Any]) -> httpx.Response:
+    """Args: fields: the whole body, or what is other than in a good one."""
+    body = fields if isinstance(fields, bytes) else json.dumps(good | fields)
+    headers = {"authorization": f"Bearer {API_KEY}", "content-type": "application/json"}
+    return httpx.post(service.url + path, content=body, headers=headers, timeout=DEADLINE_S)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
