@@ -9,7 +9,7 @@ import msgspec
 
 from databus.client import BusClient
 from databus.errors import BusError
-from databus.messages import Hello, Rows, Status, StatusRequest
+from databus.messages import Hello, Rows, Status, StatusRequest, Stop
 from echelon.progress import Row
 from echelon.run_folder import BusRecord
 
@@ -33,6 +33,7 @@ class Observer:
         self._asked = 0.0
         self._next_row = 0 if with_rows else -1
         self._rows: list[Row] = []
+        self._status: Status | None = None
         self.lost = False
         try:
             self._client.connect(CONNECT_S)
@@ -46,7 +47,9 @@ class Observer:
             while not self.lost and (arrived := self._client.recv(0)) is not None:
                 match arrived.message:
                     case Status() as newest:
-                        status = newest
+                        status = self._status = newest
+                    case Stop() as stop:
+                        status = self._at_the_end(stop)
                     case Rows(first=self._next_row, rows=rows):
                         self._take(rows)
             if not self.lost and time.monotonic() - self._asked >= ASK_EVERY_S:
@@ -59,6 +62,14 @@ class Observer:
         """Rows that `poll` has brought since the last call, each once, in their order."""
         rows, self._rows = self._rows, []
         return rows
+
+    def _at_the_end(self, stop: Stop) -> Status | None:
+        """What the broker would answer now. It may be gone before it is asked: it waits for no observer."""
+        if self._status is None:
+            self.lost = True
+            return None
+        phase, error = ("finished", "") if stop.ok else ("failed", stop.reason)
+        return msgspec.structs.replace(self._status, phase=phase, error=error)
 
     def _take(self, rows: tuple[str, ...]) -> None:
         self._rows += [msgspec.json.decode(row, type=dict) for row in rows]

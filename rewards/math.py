@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from rewards.config import RewardConfig
+from rewards.latex import parse
 from rewards.sample import Sample
 from rewards.symbolic import same_value
 
@@ -22,9 +23,7 @@ _word = re.compile(r"[A-Za-z]{4,}|[A-Za-z]+\s+[A-Za-z]{2,}")
 
 def make_math_reward(config: RewardConfig) -> Callable[[Sample], float]:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs each expression that takes too long, whole
-    from math_verify import parse
-
-    parse("$1$", parsing_timeout=None)  # type: ignore[arg-type]  # patterns and grammar: no answer's time pays for them
+    parse("$1$", None)  # patterns and grammar: no answer's time pays for them
     return math_reward
 
 
@@ -77,9 +76,7 @@ def _parse_answer(text: str) -> list[Any]:
 
 
 def _parse(text: str) -> list[Any]:
-    from math_verify import parse
-
-    return list(parse(text, parsing_timeout=_timeout()))  # type: ignore[arg-type]
+    return parse(text, _timeout())
 
 
 def _equal(gold: list[Any], predicted: list[Any]) -> bool:

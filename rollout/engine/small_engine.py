@@ -33,6 +33,7 @@ from rollout.engine.base import (
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
 from rollout.engine.gate import admit
+from rollout.engine.served_tensors import ServedTensors
 from rollout.engine.small_group import RunningGroup
 from rollout.engine.tensors import DTYPES, first_mismatch, tensors
 
@@ -66,6 +67,7 @@ class SmallEngine:
     async def start(self) -> None:
         self._model = await asyncio.to_thread(self._load)
         self._expected = ExpectedTensors(self._model)
+        self._served = ServedTensors(self._model)
         self._end_ids = await asyncio.to_thread(end_token_ids, self._model_path)
         self._thread.start()
 
@@ -187,13 +189,12 @@ class SmallEngine:
             raise ValueError(f"tensor {wrong!r} does not match its checksum")
         self._expected.check(snapshot.manifest)
         new = dict(tensors(snapshot.manifest, buffer))
-        served: dict[str, torch.Tensor] = self._model.state_dict()
-        old = {name: served[name].clone() for name in new}
-        _overwrite(served, new)
+        old = self._served.read(new)
+        self._served.overwrite(new)
         try:
             return self._pass(snapshot.version, snapshot.manifest.probe)
         except UpdateFailed:
-            _overwrite(served, old)
+            self._served.overwrite(old)
             raise
 
     def _pass(self, version: int, probe: Probe | None) -> Mismatch | None:
@@ -210,12 +211,6 @@ class SmallEngine:
     def _logprobs(self, token_ids: torch.Tensor) -> Array:
         logits = self._model(input_ids=token_ids[None, :-1]).logits[0].float()
         return torch.log_softmax(logits, -1).gather(-1, token_ids[1:, None])[:, 0].cpu().numpy()
-
-
-@torch.no_grad()
-def _overwrite(served: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> None:
-    for name, tensor in new.items():
-        served[name].copy_(tensor)
 
 
 def _settle(future: "Future[Any]", outcome: Any) -> None:

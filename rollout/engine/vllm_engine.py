@@ -13,7 +13,7 @@ import logging
 import multiprocessing
 import time
 from collections.abc import Awaitable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
@@ -48,6 +48,7 @@ CALL_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 2.0
 CLOSE_TIMEOUT_S = 10.0
 DRAIN_POLL_S = 0.01
+START_POLL_S = 0.05
 CORE_NAME = "EngineCore"
 MAX_ERROR_CHARACTERS = 400
 
@@ -82,6 +83,8 @@ class VllmEngine:
         self._begin_order = BeginOrder(config.max_sequences)
         # The kernel ends a child that asked for it when the *thread* that made it ends: this one stays.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-start")
+        self._starting: Future[None] | None = None
+        self._closed = False
 
     @property
     def version(self) -> int:
@@ -94,9 +97,9 @@ class VllmEngine:
 
     async def start(self) -> None:
         set_environment(self._config, self._model)
-        loop = asyncio.get_running_loop()
+        self._starting = self._starter.submit(self._build)
         try:
-            await asyncio.wait_for(loop.run_in_executor(self._starter, self._build), self._config.start_timeout_s)
+            await asyncio.wait_for(asyncio.wrap_future(self._starting), self._config.start_timeout_s)
         except TimeoutError:
             raise EngineDead(f"vLLM did not start within {self._config.start_timeout_s:g} s") from None
         except (ValueError, OSError) as error:
@@ -166,12 +169,21 @@ class VllmEngine:
         )
 
     async def close(self) -> None:
+        self._closed = True
         if self._llm is not None:
             self._llm.shutdown(timeout=STOP_TIMEOUT_S)
             self._llm = None  # or its finalizer runs when the interpreter has half gone
-        await asyncio.to_thread(_end_cores)
+        await asyncio.to_thread(self._end_cores)
         self._starter.shutdown(wait=False)
         self._close_page()
+
+    def _end_cores(self) -> None:
+        """Also those that a start which nobody waits for any more has yet to make."""
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        _end_cores()
+        while self._starting is not None and not self._starting.done() and time.monotonic() < deadline:
+            time.sleep(START_POLL_S)
+            _end_cores()
 
     def _close_page(self) -> None:
         if self._draft_page is not None:
@@ -196,6 +208,8 @@ class VllmEngine:
         }
         self._sampling_type = SamplingParams
         self._tokens_input = tokens_input
+        if self._closed:
+            raise EngineDead("closed while it was starting")
         with tied_engine_cores():
             self._llm = AsyncLLM.from_engine_args(self._arguments())
         gate = VllmGate(

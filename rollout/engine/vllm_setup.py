@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from databus.process import spawned_die_with_parent
 from rollout.config import PROBE_SEQUENCES, DraftConfig, RolloutConfig
 from rollout.drafting.proposer import PROPOSER
 
@@ -90,7 +91,7 @@ def speculation(draft: DraftConfig) -> dict[str, Any] | None:
 
 @contextmanager
 def tied_engine_cores() -> Iterator[None]:
-    """Engine cores started inside die with this process; vLLM has no setting for it."""
+    """Engine cores started inside die with this process, whatever they are at; vLLM has no setting for it."""
     from vllm.v1.engine.core import EngineCoreProc
 
     from rollout.engine.vllm_worker import run_tied_engine_core
@@ -98,6 +99,7 @@ def tied_engine_cores() -> Iterator[None]:
     original = EngineCoreProc.run_engine_core
     EngineCoreProc.run_engine_core = staticmethod(run_tied_engine_core)
     try:
-        yield
+        with spawned_die_with_parent():
+            yield
     finally:
         EngineCoreProc.run_engine_core = staticmethod(original)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from vllm.v1.engine.core import EngineCoreProc
 
-from databus.process import die_with_parent
+from databus.process import die_with_parent, spawned_die_with_parent
 from rollout.drafting.proposer import DraftSetup, Proposer
 from rollout.engine.applying import Applied, Apply
 from rollout.engine.tensors import Source, first_mismatch
@@ -22,14 +22,16 @@ _run_engine_core = EngineCoreProc.run_engine_core
 
 
 def run_tied_engine_core(*args: Any, **kwargs: Any) -> None:
-    """vLLM's entry point of the engine core, which then ends with the rollout worker that started it.
+    """vLLM's entry point of the engine core, which then ends with the rollout worker that started it, and its own
+    workers with it.
 
     By itself a core outlives a killed parent: for minutes while it starts, for ever once it serves.
     """
     die_with_parent()
     parent = multiprocessing.parent_process()
     if parent is None or os.getppid() == parent.pid:
-        _run_engine_core(*args, **kwargs)
+        with spawned_die_with_parent():
+            _run_engine_core(*args, **kwargs)
 
 
 class SnapshotLoader:

@@ -32,7 +32,7 @@ DOORS: dict[str, tuple[str, Door]] = {
 
 
 class Doors:
-    """ASGI: checks path, method and key, and counts those who are inside."""
+    """ASGI: checks path, method and key, and counts those who are inside, and those who are answered with an error."""
 
     def __init__(self, app: Any, api_key: Key | None, admin_key: Key | None) -> None:
         """Args: api_key: None lets everybody in at `api`. admin_key: None lets nobody in at `admin`."""
@@ -63,9 +63,14 @@ class Doors:
         await self._let_in(scope, receive, send)
 
     async def _let_in(self, scope: Any, receive: Any, send: Any) -> None:
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self.refused[message["status"]] += 1
+            await send(message)
+
         self.inside += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, counted)
         except asyncio.CancelledError:
             self.cut_off += 1
             raise

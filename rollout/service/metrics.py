@@ -31,7 +31,7 @@ class ServiceMetrics:
         yield CounterMetricFamily("echelon_weight_pause_seconds", "Time without a token, of updates.", weights.pause_s)
         yield GaugeMetricFamily("echelon_requests_inside", "Requests being answered.", self._doors.inside)
         yield GaugeMetricFamily("echelon_draining", "1 once no more requests are taken.", self._doors.draining)
-        refused = CounterMetricFamily("echelon_requests_refused", "Requests not let in.", labels=["status"])
+        refused = CounterMetricFamily("echelon_requests_refused", "Requests answered with an error.", labels=["status"])
         for status, number in self._doors.refused.items():
             refused.add_metric([str(status)], number)
         yield refused

@@ -1,12 +1,14 @@
+import multiprocessing.spawn
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from databus.process import die_with_parent
+from databus.process import die_with_parent, spawned_die_with_parent
 
 PARENT = """
 import subprocess, sys, time
@@ -22,15 +24,60 @@ def test_child_dies_with_a_parent_that_is_killed() -> None:
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     time.sleep(0.5)  # time to ask the kernel
+    assert _ends_with(parent, child)
+
+
+SPAWNING = """
+import multiprocessing, sys, time
+from databus.process import spawned_die_with_parent
+
+def later():
+    time.sleep(60)
+
+if __name__ == "__main__":
+    with spawned_die_with_parent():
+        child = multiprocessing.get_context("spawn").Process(target=later)
+        child.start()
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("after_s", [0.0, 1.0])
+def test_spawned_child_dies_with_its_parent_whatever_it_is_at(after_s: float, tmp_path: Path) -> None:
+    """At first it imports; then it runs a target that knows nothing of it."""
+    script = tmp_path / "spawning.py"
+    script.write_text(SPAWNING)
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(after_s)
+    assert _ends_with(parent, child)
+
+
+def test_what_is_spawned_afterwards_is_as_ever() -> None:
+    original = multiprocessing.spawn.get_command_line
+    with pytest.raises(OSError, match="in between"), spawned_die_with_parent():
+        assert multiprocessing.spawn.get_command_line is not original
+        raise OSError("in between")
+    assert multiprocessing.spawn.get_command_line is original
+
+
+def _ends_with(parent: subprocess.Popen[str], child: int) -> bool:
+    """Kills the parent. Nothing here waits for the child, which would be to wait for its own end."""
+    assert parent.stdout is not None and _runs(child)
     parent.kill()
-    parent.communicate()
+    parent.wait()
+    parent.stdout.close()
     deadline = time.monotonic() + 5
     while _runs(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     alive = _runs(child)
     if alive:
         os.kill(child, signal.SIGKILL)
-    assert not alive
+    return not alive
 
 
 def _runs(pid: int) -> bool:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from architectures import write_model
 
 from echelon.recipe import load_recipe
 
@@ -150,6 +151,20 @@ def test_dapo_math_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path
     metrics, prompts = run_recipe("dapo_math", tiny_model, tmp_path, *settings, rows=dapo_rows())
     assert prompts[3]["prompt"].endswith("What is 3 - 2?\n#")
     assert all(0 < row["reward/mean"] < 1 for row in metrics[:2])  # groups of equal rewards are left out
+
+
+@pytest.mark.slow
+def test_gspo_moe_runs_on_a_file_in_its_schema(tiny_model: Path, tmp_path: Path) -> None:
+    """With a mixture of four experts. The second step's answers are of the version that the first one made."""
+    mixture = shutil.copytree(tiny_model, tmp_path / "mixture")
+    write_model("qwen3-moe", mixture)
+    settings = (
+        "learner.ranks=1", "rollout.workers=1", "rollout.context_tokens=128", "learner.minibatches=2",
+        "max_staleness=0",
+    )  # fmt: skip
+    metrics, _ = run_recipe("gspo_moe", mixture, tmp_path, *settings, rows=dapo_rows())
+    assert metrics[1]["staleness/max_versions"] == 0 < metrics[1]["weights/sync_s"]
+    assert max(row["mismatch/kl"] for row in metrics) < 1e-4, "the engine serves what the learner trains"
 
 
 @pytest.mark.slow

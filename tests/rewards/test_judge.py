@@ -135,20 +135,30 @@ def test_trouble_that_stays_is_one_line(endpoint: Endpoint, answer: str | int | 
     assert len(endpoint.requests) == (1 if answer == 401 else 3)
 
 
-def test_in_the_pool_trouble_is_one_counted_error(endpoint: Endpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("As an AI", "the judge m gave no mark from 0 to 10 in 2 answers"),
+        (429, r"the judge at \S+ failed: .*429"),
+        (1.5, r"the judge at \S+ failed: APITimeoutError"),
+        ("html", r"the judge at \S+ failed: "),
+    ],
+)
+def test_in_the_pool_trouble_is_one_counted_error(
+    endpoint: Endpoint, tmp_path: Path, trouble: str | int | float, says: str
+) -> None:
     """As a worker scores: the group fails with the judge's line, and the next one is marked."""
-    endpoint.answers = ["As an AI", "As an AI", "Mark: 5"]
-    judge = JudgeConfig(url=endpoint.url, model="m", retries=1, request_s=5.0)
+    endpoint.answers = [trouble] * (1 if trouble == "html" else 2) + ["Mark: 5"]
+    judge = JudgeConfig(url=endpoint.url, model="m", retries=1, request_s=1.0)
     sample = Sample(prompt="2+2?", completion="4", problem={}, num_tokens=1, truncated=False)
 
     async def scenario() -> None:
         pool = RewardPool(RewardConfig(function="judge", judge=judge, timeout_s=30.0), tmp_path)
         try:
             await pool.start()
-            with pytest.raises(
-                RewardError, match=r"^reward 'judge' failed: the judge m gave no mark from 0 to 10 in 2"
-            ):
+            with pytest.raises(RewardError, match=f"^reward 'judge' failed: {says}") as caught:
                 await pool.score([sample])
+            assert "\n" not in str(caught.value)
             assert await pool.score([sample]) == [{"reward": 0.5}]
             assert (pool.counters()["judge.failed"], pool.counters()["judge.scored"]) == (1, 1)
         finally:

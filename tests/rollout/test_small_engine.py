@@ -1,5 +1,6 @@
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from architectures import CONFIGS, write_model
 from transformers import AutoModelForCausalLM
 
 from databus.messages import Probe, Sampling
 from rollout.config import GateConfig, RolloutConfig, UpdateConfig
 from rollout.engine.base import Completion, Engine, EngineDead, EngineError, GateRefused, GenerateRequest, UpdateFailed
 from rollout.engine.factory import make_engine
+from rollout.folder_weights import snapshot_of
 
 CONFIG = RolloutConfig(engine="small", context_tokens=200)
 PROMPT = (6, 13, 8, 14)
@@ -197,6 +200,34 @@ def test_bad_snapshots_change_nothing(tiny_model: Path, other_weights: Callable,
             assert not same(before, await small.generate(request()))
 
     run(scenario())
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_versions_of_every_architecture_are_taken_up(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    """And given up again. The tensors of a mixture's experts are fewer in transformers than in a checkpoint."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for seed, folder in enumerate((old, new)):
+        write_model(name, shutil.copytree(tiny_model, folder), seed)
+
+    async def says(folder: Path) -> list[Completion]:
+        async with engine(folder, context_tokens=60) as small:
+            return await small.generate(request())
+
+    async def scenario() -> list[list[Completion]]:
+        whole = snapshot_of(new, 1, "float32")
+        unlike = Probe(sequences=((3, 4),), logprobs=((-99.0,),))
+        async with engine(old, context_tokens=60) as small:
+            with pytest.raises(GateRefused):
+                await small.update(replace(whole, manifest=msgspec.structs.replace(whole.manifest, probe=unlike)))
+            before = await small.generate(request())
+            await small.update(whole)
+            whole.close()
+            return [before, await small.generate(request())]
+
+    before, after = run(scenario())
+    assert same(before, run(says(old)))
+    assert same(after, run(says(new)))
+    assert not same(before, after)
 
 
 def test_a_version_that_is_not_what_the_learner_scored_is_refused(

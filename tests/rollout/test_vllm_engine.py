@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ TOLERANCE = 1e-4
 PROMPT = (6, 13, 8, 14)
 LONG_PROMPT = tuple(3 + (index * 7 + index // 5) % 14 for index in range(300))  # over two blocks of the KV cache
 DEADLINE_S = 90.0
+START_S = 300.0
+GONE_S = 5.0
+"""For the kernel to end what it was told to end."""
 
 
 @dataclass
@@ -414,17 +418,20 @@ def test_cancelling_aborts_in_the_engine(served: Served) -> None:
 
 
 ORPHAN_SCRIPT = """
-import asyncio, sys
+import asyncio, contextlib, sys
 from rollout.config import RolloutConfig
+from rollout.engine.base import EngineDead
 from rollout.engine.vllm_engine import VllmEngine
-from rollout.environments.base import Step
-from rollout.environments.turn_tokens import TurnTokens
-from rollout.episodes import Episodes
 
 async def main():
-    engine = VllmEngine(RolloutConfig(context_tokens=64, max_sequences=4), sys.argv[1], 0, 0)
-    await engine.start()
-    print("serving", flush=True)
+    config = RolloutConfig(context_tokens=64, max_sequences=4, start_timeout_s=float(sys.argv[2]))
+    engine = VllmEngine(config, sys.argv[1], 0, 0)
+    try:
+        await engine.start()
+        print("serving", flush=True)
+    except EngineDead as error:
+        await engine.close()
+        print("closed:", error, flush=True)
     await asyncio.sleep(600)
 
 if __name__ == "__main__":
@@ -432,37 +439,59 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("moment", ["starting", "serving"])
-def test_no_process_outlives_a_killed_parent(tiny_model: Path, tmp_path: Path, moment: str) -> None:
-    script = tmp_path / "parent.py"
+@contextmanager
+def parent_of_an_engine(script: Path, model: Path, start_timeout_s: float) -> Iterator[subprocess.Popen[bytes]]:
     script.write_text(ORPHAN_SCRIPT)
     root = str(Path(__file__).parents[2])
-    parent = subprocess.Popen(
-        [sys.executable, str(script), str(tiny_model)],
+    with subprocess.Popen(
+        [sys.executable, str(script), str(model), str(start_timeout_s)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         cwd=root,
         env=os.environ | {"PYTHONPATH": root},
-    )
-    with parent:
-        assert parent.stdout is not None
-        if moment == "starting":
-            wait_for_core(parent.pid)
+    ) as parent:
+        try:
+            yield parent
+        finally:
+            parent.kill()
+
+
+@pytest.mark.parametrize("moment", ["the core is spawned", "its worker is spawned", "serving"])
+def test_no_process_outlives_a_killed_parent(tiny_model: Path, tmp_path: Path, moment: str) -> None:
+    """Not even one that imports vLLM, and has run none of our functions yet."""
+    with parent_of_an_engine(tmp_path / "parent.py", tiny_model, START_S) as parent:
+        if moment == "serving":
+            assert said(parent) == "serving"
         else:
-            assert b"serving\n" in iter(parent.stdout.readline, b"")
+            wait_for_spawned(parent.pid, 1 if "core" in moment else 2)
         children = psutil.Process(parent.pid).children(recursive=True)
-        assert children
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()
-    # one that was importing ends when it looks for its parent
-    assert not psutil.wait_procs(children, timeout=120)[1]
+        assert children
+        assert not psutil.wait_procs(children, timeout=GONE_S)[1]
 
 
-def wait_for_core(parent: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        children = psutil.Process(parent).children(recursive=True)
-        if any("spawn_main" in " ".join(child.cmdline()) or "VLLM" in child.name() for child in children):
-            return
-        time.sleep(0.05)
-    raise AssertionError("no engine core within 120 s")
+def test_a_start_that_took_too_long_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    with parent_of_an_engine(tmp_path / "parent.py", tiny_model, 12.0) as parent:
+        assert said(parent) == "closed: vLLM did not start within 12 s"
+        assert not [each for each in psutil.Process(parent.pid).children(recursive=True) if is_of_vllm(each)]
+
+
+def said(parent: "subprocess.Popen[bytes]") -> str:
+    """Among what vLLM says."""
+    assert parent.stdout is not None
+    lines = (line.decode().strip() for line in parent.stdout)
+    return next(line for line in lines if line.startswith(("serving", "closed")))
+
+
+def wait_for_spawned(parent: int, count: int) -> None:
+    deadline = time.monotonic() + START_S
+    while sum(is_of_vllm(each) for each in psutil.Process(parent).children(recursive=True)) < count:
+        assert time.monotonic() < deadline, f"not {count} processes within {START_S:g} s"
+        time.sleep(0.02)
+
+
+def is_of_vllm(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return "spawn_main" in " ".join(process.cmdline()) or "VLLM" in process.name()
+    return False

@@ -83,6 +83,17 @@ def test_while_it_drains_nothing_new_begins(doors: Doors) -> None:
     assert doors.refused == {503: 1}
 
 
+@pytest.mark.parametrize("status", [200, 400, 422, 500])
+def test_errors_of_what_lies_behind_are_counted(status: int) -> None:
+    async def answering(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    doors = Doors(answering, None, None)
+    assert ask(doors, "/v1/completions")[0] == status
+    assert doors.refused == ({} if status == 200 else {status: 1})
+
+
 def test_who_is_cut_off_is_counted() -> None:
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.sleep(60)
