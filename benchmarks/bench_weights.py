@@ -224,9 +224,7 @@ def bars(figures: dict[str, Any], rates: list[float]) -> list[Bar]:
         found.append(Bar("times fewer bytes than dense", size / median("delta, ipc", "bytes"), 15, "at least"))
         found.append(Bar("encode, GB/s of weights", size / median("delta, ipc", "encode_s") / 1e9, 1, "at least"))
         taken_up = median("delta, ipc", "pull_s") + median("delta, ipc", "made_ahead_s")
-        found.append(
-            Bar("pull and apply, what is made ahead too, GB/s of weights", size / taken_up / 1e9, 1, "at least")
-        )
+        found.append(Bar("pull and apply, with what is made ahead, GB/s", size / taken_up / 1e9, 1, "at least"))
     for link, bound, turned in (("1 Gbit/s", 8.0, True), ("ipc", 1.2, False)):
         if {f"delta, {link}", f"dense, {link}"} <= ways.keys():
             ratio = median(f"dense, {link}", "end_to_end_s") / median(f"delta, {link}", "end_to_end_s")
