@@ -120,8 +120,8 @@ class Supervisor:
             self._check_deadlines()
         self._enter("finishing")
         for child in self._roster.children.values():
-            if child.waits_for():
-                child.kill()
+            if child.name not in self._ready:  # the broker, which has ended, cannot tell it that the run is over
+                child.terminate()
         if not wait_all(self._roster.children.values(), END_S):
             late = [child.name for child in self._roster.children.values() if child.exit_code() is None]
             self._view.note(f"{names(late)} did not end with the run: stopped")
@@ -242,6 +242,8 @@ class Supervisor:
             if child.killed_by() is None:
                 time.sleep(SETTLE_S)  # others may be about to say what came first; a signal comes from nobody's failure
             self._ask_broker()
+            if self._may_end(child):
+                continue
             if self._may_restart(child):
                 self._restart(child)
             elif self._may_go_without(child):
@@ -251,13 +253,14 @@ class Supervisor:
                 raise first_cause(self._roster.children.values(), self._folder.logs)
 
     def _may_end(self, child: RunningRole) -> bool:
-        """Once the broker has said that the run is over, all may leave in any order."""
-        status = self._progress.status
-        over = status is not None and status.phase in ("finishing", "finished")
-        others = (self._roster.children.get(role) for role in (BROKER, LEARNER))
+        """Once the broker has said that the run is over, all may leave in any order; who comes then is refused."""
+        phase = "" if self._progress.status is None else self._progress.status.phase
+        others = [self._roster.children.get(role) for role in (BROKER, LEARNER)]
+        ended = phase == "finished" or any(other and other.exit_code() == 0 for other in others)
         if child.name == BROKER and self._has_ended():
             return True
-        return child.exit_code() == 0 and (over or any(other and other.exit_code() == 0 for other in others))
+        comes_too_late = ended and child.name not in (*self._ready, BROKER, LEARNER)
+        return comes_too_late or (child.exit_code() == 0 and (ended or phase == "finishing"))
 
     def _may_restart(self, child: RunningRole) -> bool:
         may_return = self._is_worker_of_a_living_run(child) or self._goes_on_from_disk(child)

@@ -106,7 +106,7 @@ class RayRole:
         if not self._placed:
             self._finish(NEVER_STARTED)
             return
-        for part in self._parts:
+        for part in self._parts if self._end is None else ():
             part.actor.terminate.remote()
 
     def kill(self) -> None:

@@ -24,6 +24,14 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS, GROUPS = 24, 4
+SLOW_REWARD = """
+import time
+
+def reward(sample):
+    time.sleep(0.06)
+    return float(sample.completion.count("1"))
+"""
+"""About a second a step and worker, so that the run is still under way when Ray has noticed that a node is lost."""
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
 PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
 
@@ -109,6 +117,7 @@ def cluster() -> Iterator[LocalCluster]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_prestart_worker_first_driver", "0")  # a process for each CPU, for which the driver waits
         patch.setenv("RAY_worker_register_timeout_seconds", "600")  # 60, which a busy machine needs to import Ray
+        patch.setenv("RAY_health_check_period_ms", "1000")  # 3000; a node is lost after five that went wrong
         patch.setenv("RAY_worker_niceness", "0")  # 15, which gets them nothing of a machine that has other work
         patch.setenv("RAY_TMPDIR", str(temporary))
         patch.setenv("TMPDIR", str(private))
@@ -137,7 +146,7 @@ def test_run_on_four_nodes_goes_on_when_one_is_killed(cluster, write_recipe, sta
     """Two nodes have a rank of the learner each, two a worker."""
     settings = ("--on", "ray", f"ray.address={cluster.address}", "learner.nodes=2", "learner.ranks=2")
     settings += (f"learner.steps={STEPS}", "eval.every=0", "rollout.workers=2", "learner.checkpoint_every=8")
-    run = start_run(write_recipe(tmp_path), tmp_path / "run", *settings)
+    run = start_run(write_recipe(tmp_path, SLOW_REWARD), tmp_path / "run", *settings)
     run.wait_for(lambda: len(run.rows()) >= 2, 600)
     assert len([line for line in cluster.roles() if "-m echelon.roles.learner" in line and "torch" not in line]) == 2
     lost = cluster.kill_node_of("worker")
