@@ -236,6 +236,8 @@ class Supervisor:
 
     def _check_children(self) -> None:
         """Restarts what died and may come back. Raises: RunFailed for everything else that should not have ended."""
+        if trouble := self._roster.trouble():
+            raise RunFailed(trouble)
         for child in list(self._roster.children.values()):
             if child.exit_code() is None or self._may_end(child):
                 continue

@@ -1,5 +1,6 @@
 """`echelon run --on ray`: workers and learner as actors of a Ray cluster that this machine is a node of."""
 
+import atexit
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from echelon.launch.base import RunningRole, Site
 from echelon.launch.elsewhere import placed_elsewhere
 from echelon.launch.modules import LEARNER_MODULE, ranks_defaults, worker_defaults, worker_words
 from echelon.launch.ray_actor import KEYS, RoleActor
+from echelon.launch.ray_head import RayHead
 from echelon.launch.ray_messages import HOME, NodeFacts, RoleOrder
 from echelon.launch.ray_role import RayRole
 from echelon.ranks import TORCHRUN_VARIABLES, Rendezvous, ranks_arguments
@@ -37,6 +39,7 @@ class RayLauncher:
         """Connects. Raises: ValueError, in one line, where there is no such cluster."""
         connect(config.ray.address)
         self._actor = ray.remote(RoleActor)
+        self._head = RayHead(ray.get_runtime_context().gcs_address)
 
     def placed(self, config: RunConfig) -> RunConfig:
         return placed_elsewhere(config, ray.util.get_node_ip_address())
@@ -49,7 +52,7 @@ class RayLauncher:
         wanted = {"CPU": settings.worker_cpus, "GPU": settings.worker_gpus * (site.config.rollout.device == "cuda")}
         actor = self._actor.options(num_cpus=wanted["CPU"], num_gpus=wanted["GPU"]).remote()
         order = worker_order(site, name, spare)
-        return RayRole(name, site, [actor], lambda _: [order], wanted)
+        return RayRole(name, site, self._head, [actor], lambda _: [order], wanted)
 
     def start_learner(self, site: Site, name: str) -> RunningRole:
         learner = site.config.learner
@@ -65,10 +68,17 @@ class RayLauncher:
             ).remote()
             for index in range(learner.nodes)
         ]
-        return RayRole(name, site, actors, lambda nodes: learner_orders(site, name, nodes), wanted, group)
+        return RayRole(name, site, self._head, actors, lambda nodes: learner_orders(site, name, nodes), wanted, group)
+
+    def trouble(self) -> str:
+        return self._head.trouble()
 
     def close(self) -> None:
-        ray.shutdown()
+        """Without a head the process just ends: both this call and the one at exit would wait for it."""
+        if self._head.lost:
+            atexit.unregister(ray.shutdown)
+        else:
+            ray.shutdown()
 
 
 def connect(address: str) -> None:

@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from echelon.errors import ErrorReport, message_of, write_error
 from echelon.launch.base import Site
+from echelon.launch.ray_head import RayHead
 from echelon.launch.ray_messages import NodeFacts, RoleEnd, RoleNews, RoleOrder
 from echelon.processes import LINE_LENGTH, POLL_S, RoleProcess
 
@@ -63,6 +64,7 @@ class RayRole:
         self,
         name: str,
         site: Site,
+        head: RayHead,
         actors: Sequence[Any],
         make_orders: MakeOrders,
         wanted: Mapping[str, float],
@@ -76,6 +78,7 @@ class RayRole:
         self.started = time.monotonic()
         self.exited_at: float | None = None
         self._site = site
+        self._head = head
         self._parts = [Part(actor, site) for actor in actors]
         self._make_orders = make_orders
         self._wanted = wanted
@@ -198,6 +201,8 @@ class RayRole:
         closing = [part.actor.close.remote() for part in self._parts] if self._placed else []
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=ANSWER_S)
+        if self._head.lost:  # the nodes end, and their actors with them, once they miss it as long as Ray lets them
+            return
         for part in self._parts:
             ray.kill(part.actor)
         if self._group is not None:

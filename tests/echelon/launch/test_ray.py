@@ -69,6 +69,12 @@ class LocalCluster:
         words = [words_of(process) for node in nodes for process in below(raylet_pid(node))]
         return [line for line in words if "echelon.roles." in line]
 
+    def kill_head(self) -> None:
+        """SIGKILL to the process that knows the cluster; its machine's raylet stays."""
+        process = self._head.all_processes["gcs_server"][0].process
+        process.kill()
+        process.wait()
+
     def close(self) -> None:
         self._cluster.shutdown()
 
@@ -117,6 +123,7 @@ def cluster() -> Iterator[LocalCluster]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_prestart_worker_first_driver", "0")  # a process for each CPU, for which the driver waits
         patch.setenv("RAY_worker_register_timeout_seconds", "600")  # 60, which a busy machine needs to import Ray
+        patch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")  # 60
         patch.setenv("RAY_health_check_period_ms", "1000")  # 3000; a node is lost after five that went wrong
         patch.setenv("RAY_worker_niceness", "0")  # 15, which gets them nothing of a machine that has other work
         patch.setenv("RAY_TMPDIR", str(temporary))
@@ -183,3 +190,19 @@ def test_no_cluster(write_recipe, start_run, tmp_path: Path) -> None:
     assert (code, stderr.count("\n")) == (2, 1)
     assert "ray.address is 127.0.0.1:1, and nothing answers there" in stderr
     assert not os.path.exists(tmp_path / "run")
+
+
+@pytest.mark.cluster
+def test_the_head_is_lost(cluster, write_recipe, start_run, tmp_path: Path) -> None:
+    """The last test of the cluster."""
+    settings = ("--on", "ray", f"ray.address={cluster.address}", "learner.steps=10000", "eval.every=0")
+    run = start_run(write_recipe(tmp_path, SLOW_REWARD), tmp_path / "run", *settings)
+    run.wait_for(lambda: len(run.rows()) >= 2, 600)
+    cluster.kill_head()
+    code, stdout, stderr = run.finish(120)
+    assert (code, stderr.count("\n")) == (1, 1), stderr
+    assert f"echelon: the Ray cluster's head {cluster.address} has not answered for 10 s" in stderr
+    assert "go on from" in stdout
+    assert run.survivors() == []
+    assert left(cluster.roles) == []
+    assert left(lambda: list(cluster.private.glob("echelon-role-*"))) == []
