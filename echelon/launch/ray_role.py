@@ -19,6 +19,8 @@ from echelon.processes import LINE_LENGTH, POLL_S, RoleProcess
 NEWS_EVERY_S = 0.5
 PLACES_EVERY_S = 1.0
 ANSWER_S = 5.0
+OTHERS_S = 75.0
+"""Ray 2.60 calls a node lost after 15 s where its machine refuses connections, about a minute where it is silent."""
 KILLED = RoleEnd(code=-signal.SIGKILL, killed_by=signal.SIGKILL, words="was killed by SIGKILL")
 NEVER_STARTED = RoleEnd(code=-signal.SIGTERM, killed_by=signal.SIGTERM, words="was not started")
 
@@ -86,6 +88,7 @@ class RayRole:
         self._placed = self._connected = self._released = False
         self._end: RoleEnd | None = None
         self._places, self._places_at = "", 0.0
+        self._failed_at = 0.0
 
     def exit_code(self) -> int | None:
         if self._end is None:
@@ -176,8 +179,15 @@ class RayRole:
                     log.write(said)
         ends = [part.end for part in self._parts if part.end is not None]
         failed = [end for end in ends if end.code != 0]
-        if failed or len(ends) == len(self._parts):
-            self._finish((failed or ends)[0])
+        killed = [end for end in failed if end.killed_by is not None]
+        if killed or len(ends) == len(self._parts) or (failed and self._has_waited_for_others()):
+            self._finish((killed or failed or ends)[0])
+
+    def _has_waited_for_others(self) -> bool:
+        """Where a node is lost, the ranks elsewhere fail at once, and Ray says so later: that is what came first."""
+        now = time.monotonic()
+        self._failed_at = self._failed_at or now
+        return now - self._failed_at > OTHERS_S
 
     def _fail(self, error: Exception) -> None:
         """What Ray or a place will not do is said as the role's own failure."""
