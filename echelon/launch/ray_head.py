@@ -26,17 +26,24 @@ class RayHead:
         self._heard = self._looked = time.monotonic()
 
     def trouble(self) -> str:
-        """Why the run cannot go on; "" where it can. Waits for a second at most, and looks every other second."""
-        now = time.monotonic()
-        if now - self._looked >= LOOK_EVERY_S:
-            error = _why_silent(self._address)
-            self._looked = time.monotonic()
-            if not error:
-                self._heard = self._looked
-            elif self._looked - self._heard > self._patience_s:
-                self.lost = True
-                return f"the Ray cluster's head {self._address} has not answered for {self._patience_s:g} s: {error}"
+        """Why the run cannot go on; "" where it can. Looks every other second."""
+        error = self._look() if time.monotonic() - self._looked >= LOOK_EVERY_S else ""
+        if error and self._looked - self._heard > self._patience_s:
+            self.lost = True
+            return f"the Ray cluster's head {self._address} has not answered for {self._patience_s:g} s: {error}"
         return ""
+
+    def answers(self) -> bool:
+        """Now."""
+        return not self.lost and not self._look()
+
+    def _look(self) -> str:
+        """Why it does not answer, if so. Waits for a second at most."""
+        error = _why_silent(self._address)
+        self._looked = time.monotonic()
+        if not error:
+            self._heard = self._looked
+        return error
 
 
 def _why_silent(address: str) -> str:

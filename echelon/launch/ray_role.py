@@ -87,7 +87,7 @@ class RayRole:
         self._group = group
         self._placed = self._connected = self._released = False
         self._end: RoleEnd | None = None
-        self._places, self._places_at = "", 0.0
+        self._places, self._places_at = self._wish(), 0.0
         self._failed_at = 0.0
 
     def exit_code(self) -> int | None:
@@ -104,7 +104,7 @@ class RayRole:
     def waits_for(self) -> str:
         if self._placed or self._end is not None:
             return ""
-        if time.monotonic() - self._places_at > PLACES_EVERY_S:
+        if time.monotonic() - self._places_at > PLACES_EVERY_S and self._head.answers():
             self._places, self._places_at = f"{self._wish()}; {places()}", time.monotonic()
         return self._places
 

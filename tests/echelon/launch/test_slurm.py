@@ -1,5 +1,6 @@
 """A run as a Slurm job, with Slurm's programs replaced by ones that start everything here."""
 
+import json
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from learner.config import LearnerConfig
 from rollout.config import RolloutConfig
 
 ROOT = Path(__file__).resolve().parents[3]
-STEPS = 16
+STEPS, LONG = 16, 60
 
 
 def config(**slurm: Any) -> RunConfig:
@@ -126,6 +127,32 @@ def test_a_job_is_submitted_runs_on_three_nodes_and_ends(slurm, write_recipe, tm
     steps = (slurm / "srun.log").read_text()
     assert "--nodelist 127.0.0.2,127.0.0.3" in steps and "--nodelist 127.0.0.4" in steps
     assert "--mem=4096M" in steps
+    audit = echelon(slurm, "audit", run_dir)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_job_whose_time_is_nearly_over_stops_and_goes_on_when_it_is_queued_again(
+    slurm, write_recipe, tmp_path: Path
+) -> None:
+    run_dir, recipe = tmp_path / "run", write_recipe(tmp_path)
+    settings = (f"learner.steps={LONG}", "eval.every=0", "learner.checkpoint_every=5")
+    submitted = echelon(slurm, "run", recipe, "--on", "slurm", "--run-dir", run_dir, *settings)
+    assert submitted.returncode == 0, submitted.stderr
+    rows = run_dir / "metrics.jsonl"
+    wait_for(lambda: rows.exists() and len(rows.read_text().splitlines()) >= 7, slurm, run_dir)
+    os.kill(int((slurm / "job.pid").read_text()), signal.SIGUSR2)  # as `--signal=B:USR2@120` has Slurm do
+    wait_for(lambda: not family(slurm), slurm, run_dir)
+    assert (slurm / "requeued").read_text() == "4242", said(run_dir)
+    assert "stopped at step" in said(run_dir)
+    assert 7 <= len(rows.read_text().splitlines()) < LONG
+
+    again = {"PATH": f"{slurm}:/usr/bin:/bin", "SLURM_RESTART_COUNT": "1"}
+    subprocess.run([slurm / "sbatch", slurm / "job.sh"], env=os.environ | again, timeout=60, check=True)
+    wait_for(lambda: not family(slurm), slurm, run_dir)
+    assert [json.loads(row)["step"] for row in rows.read_text().splitlines()] == list(range(LONG)), said(run_dir)
     audit = echelon(slurm, "audit", run_dir)
     assert audit.returncode == 0, audit.stdout + audit.stderr
 
