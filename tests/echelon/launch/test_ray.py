@@ -221,6 +221,16 @@ def test_no_cluster(write_recipe, start_run, tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
+def test_a_killed_supervisor_leaves_nobody(cluster, write_recipe, start_run, tmp_path: Path) -> None:
+    settings = ("--on", "ray", f"ray.address={cluster.address}", "learner.steps=10000", "eval.every=0")
+    run = start_run(write_recipe(tmp_path), tmp_path / "run", *settings)
+    run.wait_for(lambda: len(run.rows()) >= 2, 600)
+    assert len(cluster.roles()) == 2
+    run.process.kill()
+    nobody_is_left(run, cluster)
+
+
+@pytest.mark.cluster
 def test_the_head_is_lost(cluster, write_recipe, start_run, tmp_path: Path) -> None:
     """The last test of the cluster."""
     settings = ("--on", "ray", f"ray.address={cluster.address}", "learner.steps=10000", "eval.every=0")
