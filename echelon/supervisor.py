@@ -120,8 +120,9 @@ class Supervisor:
             self._check_deadlines()
         self._enter("finishing")
         for child in self._roster.children.values():
-            if child.name not in self._ready:  # the broker, which has ended, cannot tell it that the run is over
-                child.terminate()
+            if child.name not in self._ready and child.exit_code() is None:
+                # The broker, which has ended, cannot tell it that the run is over; nor would every signal end it yet.
+                child.kill()
         if not wait_all(self._roster.children.values(), END_S):
             late = [child.name for child in self._roster.children.values() if child.exit_code() is None]
             self._view.note(f"{names(late)} did not end with the run: stopped")
