@@ -17,7 +17,7 @@ from fake_slurm import install
 from echelon.config import DataConfig, RunConfig
 from echelon.launch.allocation import step_options
 from echelon.launch.config import SlurmConfig
-from echelon.launch.slurm_job import job_parameters, num_nodes
+from echelon.launch.slurm_job import end, job_parameters, num_nodes
 from learner.config import LearnerConfig
 from rollout.config import RolloutConfig
 
@@ -44,6 +44,23 @@ def test_what_is_not_set_is_left_to_the_cluster() -> None:
     bare = job_parameters(config(), "recipe")
     assert not {"partition", "account", "qos", "constraint", "gpus_per_node", "mem", "setup"} & bare.keys()
     assert bare["additional_parameters"] == {"requeue": True, "signal": "B:USR2@120"}
+
+
+@pytest.mark.parametrize(("ignores", "code"), [(False, -signal.SIGTERM), (True, -signal.SIGKILL)])
+def test_a_signal_s_handler_ends_what_the_program_waits_for(ignores: bool, code: int) -> None:
+    action = "SIG_IGN" if ignores else "SIG_DFL"
+    words = f"import signal, time; signal.signal(15, signal.{action}); print(1, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    before = signal.signal(signal.SIGALRM, lambda *_: end(process.pid, 1.0))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        started = time.monotonic()
+        assert process.wait() == code
+        assert time.monotonic() - started < 10
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        process.stdout.close()
 
 
 def test_steps_on_one_node_share_its_memory() -> None:
