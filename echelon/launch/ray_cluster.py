@@ -1,11 +1,13 @@
 """`echelon run --on ray`: workers and learner as actors of a Ray cluster that this machine is a node of."""
 
 import atexit
+import contextlib
 import logging
 import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 
 import ray
@@ -13,6 +15,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from echelon.cli import FAILED
 from echelon.config import RunConfig
 from echelon.errors import message_of
 from echelon.launch.base import RunningRole, Site
@@ -74,11 +77,20 @@ class RayLauncher:
         return self._head.trouble()
 
     def close(self) -> None:
-        """Without a head the process just ends: both this call and the one at exit would wait for it."""
+        """Without a head the process just ends, once it has said why: Ray's own end, at exit as well, waits for it."""
         if self._head.lost:
             atexit.unregister(ray.shutdown)
+            atexit.register(_leave)
         else:
             ray.shutdown()
+
+
+def _leave() -> None:
+    """Without the destructors of Ray's threads, which still look for the head."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(FAILED)
 
 
 def connect(address: str) -> None:
