@@ -189,7 +189,7 @@ class Supervisor:
     def _was_heard(self, name: str, silent_s: float) -> bool:
         """False for one that the broker still knows but that has died, and is being started again."""
         child = self._roster.children.get(name)
-        return child is None or silent_s < time.monotonic() - child.started
+        return child is None or silent_s < self._status_at - child.started  # of that moment, as the broker's figure is
 
     def _missing(self) -> list[str]:
         """Roles that have been started and are not ready; whoever waits for a place is missing only where needed."""

@@ -112,7 +112,7 @@ def wait_for(condition: Callable[[], Any], folder: Path, run_dir: Path, timeout_
 
 def said(run_dir: Path) -> str:
     files = [*run_dir.parent.glob("run-slurm/*.out"), *run_dir.glob("logs/*")]
-    return "\n".join(f"--- {file.name}\n{file.read_text()[-3000:]}" for file in files)
+    return "\n".join(f"--- {file.name}\n{file.read_text()[-8000:]}" for file in files)
 
 
 @pytest.mark.slow
@@ -141,6 +141,7 @@ def test_a_job_is_submitted_runs_on_three_nodes_and_ends(slurm, write_recipe, tm
     wait_for(lambda: not family(slurm), slurm, run_dir)
     assert len(rows.read_text().splitlines()) == STEPS, said(run_dir)
     assert "was killed by SIGKILL" in said(run_dir)
+    assert "did not end with the run" not in said(run_dir)
     steps = (slurm / "srun.log").read_text()
     assert "--nodelist 127.0.0.2,127.0.0.3" in steps and "--nodelist 127.0.0.4" in steps
     assert "--mem=4096M" in steps
