@@ -12,6 +12,8 @@ from contextlib import contextmanager
 PR_SET_PDEATHSIG = 1
 MAIN_PID_VARIABLE = "ECHELON_PID"
 """Process id of the command that a person started; its children inherit it."""
+PARENT_VARIABLE = "ECHELON_PARENT"
+"""Process id of the one that starts a process, for that one alone."""
 GARBAGE_THRESHOLD = 50_000
 """Objects; Python's own is 700."""
 
@@ -19,18 +21,25 @@ GARBAGE_THRESHOLD = 50_000
 def die_with_parent() -> None:
     """Have the kernel kill this process when the thread that made it ends. Linux; elsewhere it does nothing.
 
-    A process whose parent has died already, and which was handed to init, ends here. In a container the command
-    itself may be process 1, and is then a parent like any other.
+    A process whose parent has died already ends here: it was handed to init, or is below another than it was told. In a
+    container the command itself may be process 1, and is then a parent like any other.
     """
+    made_by = os.environ.pop(PARENT_VARIABLE, "")
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    orphaned = parent == 1 and os.environ.get(MAIN_PID_VARIABLE) != "1"
-    if os.getppid() != parent or orphaned:
+    if os.getppid() != parent or _is_orphan(parent, made_by):
         os._exit(1)
+
+
+def _is_orphan(parent: int, made_by: str) -> bool:
+    """Not every orphan goes to init: one below a subreaper, such as a service manager, does not."""
+    if made_by:
+        return made_by != str(parent)
+    return parent == 1 and os.environ.get(MAIN_PID_VARIABLE) != "1"
 
 
 @contextmanager

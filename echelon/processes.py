@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from databus.process import PARENT_VARIABLE
 from echelon.launch.base import RunningRole
 
 NO_LOG = Path(os.devnull)
@@ -59,7 +60,7 @@ class Child:
             self._log_start = 0 if log is None else output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
-                env=dict(environment),
+                env=dict(environment) | {PARENT_VARIABLE: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=None if log is None else output,
                 stderr=subprocess.STDOUT,

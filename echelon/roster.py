@@ -40,6 +40,10 @@ class Roster:
             return self.start_learner()
         return self.start_worker(int(child.name.rpartition("-")[2]))
 
+    def trouble(self) -> str:
+        """Why what is elsewhere cannot be looked after any more; "" while it can."""
+        return self._launcher.trouble()
+
     def start_learner(self) -> RunningRole:
         self.children[LEARNER] = self._launcher.start_learner(self._site, LEARNER)
         return self.children[LEARNER]

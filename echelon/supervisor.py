@@ -120,7 +120,8 @@ class Supervisor:
             self._check_deadlines()
         self._enter("finishing")
         for child in self._roster.children.values():
-            if child.waits_for():
+            if child.name not in self._ready and child.exit_code() is None:
+                # The broker, which has ended, cannot tell it that the run is over; nor would every signal end it yet.
                 child.kill()
         if not wait_all(self._roster.children.values(), END_S):
             late = [child.name for child in self._roster.children.values() if child.exit_code() is None]
@@ -188,7 +189,7 @@ class Supervisor:
     def _was_heard(self, name: str, silent_s: float) -> bool:
         """False for one that the broker still knows but that has died, and is being started again."""
         child = self._roster.children.get(name)
-        return child is None or silent_s < time.monotonic() - child.started
+        return child is None or silent_s < self._status_at - child.started  # of that moment, as the broker's figure is
 
     def _missing(self) -> list[str]:
         """Roles that have been started and are not ready; whoever waits for a place is missing only where needed."""
@@ -236,12 +237,16 @@ class Supervisor:
 
     def _check_children(self) -> None:
         """Restarts what died and may come back. Raises: RunFailed for everything else that should not have ended."""
+        if trouble := self._roster.trouble():
+            raise RunFailed(trouble)
         for child in list(self._roster.children.values()):
             if child.exit_code() is None or self._may_end(child):
                 continue
             if child.killed_by() is None:
                 time.sleep(SETTLE_S)  # others may be about to say what came first; a signal comes from nobody's failure
             self._ask_broker()
+            if self._may_end(child):
+                continue
             if self._may_restart(child):
                 self._restart(child)
             elif self._may_go_without(child):
@@ -251,13 +256,14 @@ class Supervisor:
                 raise first_cause(self._roster.children.values(), self._folder.logs)
 
     def _may_end(self, child: RunningRole) -> bool:
-        """Once the broker has said that the run is over, all may leave in any order."""
-        status = self._progress.status
-        over = status is not None and status.phase in ("finishing", "finished")
-        others = (self._roster.children.get(role) for role in (BROKER, LEARNER))
+        """Once the broker has said that the run is over, all may leave in any order; who comes then is refused."""
+        phase = "" if self._progress.status is None else self._progress.status.phase
+        others = [self._roster.children.get(role) for role in (BROKER, LEARNER)]
+        ended = phase == "finished" or any(other and other.exit_code() == 0 for other in others)
         if child.name == BROKER and self._has_ended():
             return True
-        return child.exit_code() == 0 and (over or any(other and other.exit_code() == 0 for other in others))
+        comes_too_late = ended and child.name not in (*self._ready, BROKER, LEARNER)
+        return comes_too_late or (child.exit_code() == 0 and (ended or phase == "finishing"))
 
     def _may_restart(self, child: RunningRole) -> bool:
         may_return = self._is_worker_of_a_living_run(child) or self._goes_on_from_disk(child)

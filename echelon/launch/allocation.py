@@ -68,6 +68,9 @@ class AllocationLauncher:
         environment = ranks_environment(config, site.root)
         return SrunStep(name, options, words, environment, site.folder.log_file(name), signal.SIGTERM)
 
+    def trouble(self) -> str:
+        return ""
+
     def close(self) -> None:
         pass
 

@@ -86,6 +86,10 @@ class Launcher(Protocol):
 
     def start_learner(self, site: Site, name: str) -> RunningRole: ...
 
+    def trouble(self) -> str:
+        """Why it can look after its roles no longer; "" while it can."""
+        ...
+
     def close(self) -> None:
         """Lets go of the cluster; the roles have ended by then."""
         ...

@@ -42,5 +42,8 @@ class LocalLauncher:
             arguments += ["--memory-copies", str(site.memory_dir)]
         return start_ranks(name, arguments, site.config, site.root, self._gpus, site.folder.log_file(name))
 
+    def trouble(self) -> str:
+        return ""
+
     def close(self) -> None:
         pass

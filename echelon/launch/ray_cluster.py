@@ -1,10 +1,13 @@
 """`echelon run --on ray`: workers and learner as actors of a Ray cluster that this machine is a node of."""
 
+import atexit
+import contextlib
 import logging
 import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 
 import ray
@@ -12,12 +15,14 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from echelon.cli import FAILED
 from echelon.config import RunConfig
 from echelon.errors import message_of
 from echelon.launch.base import RunningRole, Site
 from echelon.launch.elsewhere import placed_elsewhere
 from echelon.launch.modules import LEARNER_MODULE, ranks_defaults, worker_defaults, worker_words
 from echelon.launch.ray_actor import KEYS, RoleActor
+from echelon.launch.ray_head import RayHead
 from echelon.launch.ray_messages import HOME, NodeFacts, RoleOrder
 from echelon.launch.ray_role import RayRole
 from echelon.ranks import TORCHRUN_VARIABLES, Rendezvous, ranks_arguments
@@ -37,6 +42,7 @@ class RayLauncher:
         """Connects. Raises: ValueError, in one line, where there is no such cluster."""
         connect(config.ray.address)
         self._actor = ray.remote(RoleActor)
+        self._head = RayHead(ray.get_runtime_context().gcs_address)
 
     def placed(self, config: RunConfig) -> RunConfig:
         return placed_elsewhere(config, ray.util.get_node_ip_address())
@@ -49,7 +55,7 @@ class RayLauncher:
         wanted = {"CPU": settings.worker_cpus, "GPU": settings.worker_gpus * (site.config.rollout.device == "cuda")}
         actor = self._actor.options(num_cpus=wanted["CPU"], num_gpus=wanted["GPU"]).remote()
         order = worker_order(site, name, spare)
-        return RayRole(name, site, [actor], lambda _: [order], wanted)
+        return RayRole(name, site, self._head, [actor], lambda _: [order], wanted)
 
     def start_learner(self, site: Site, name: str) -> RunningRole:
         learner = site.config.learner
@@ -65,10 +71,26 @@ class RayLauncher:
             ).remote()
             for index in range(learner.nodes)
         ]
-        return RayRole(name, site, actors, lambda nodes: learner_orders(site, name, nodes), wanted, group)
+        return RayRole(name, site, self._head, actors, lambda nodes: learner_orders(site, name, nodes), wanted, group)
+
+    def trouble(self) -> str:
+        return self._head.trouble()
 
     def close(self) -> None:
-        ray.shutdown()
+        """Without a head the process just ends, once it has said why: Ray's own end, at exit as well, waits for it."""
+        if self._head.lost:
+            atexit.unregister(ray.shutdown)
+            atexit.register(_leave)
+        else:
+            ray.shutdown()
+
+
+def _leave() -> None:
+    """Without the destructors of Ray's threads, which still look for the head."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(FAILED)
 
 
 def connect(address: str) -> None:

@@ -12,12 +12,15 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from echelon.errors import ErrorReport, message_of, write_error
 from echelon.launch.base import Site
+from echelon.launch.ray_head import RayHead
 from echelon.launch.ray_messages import NodeFacts, RoleEnd, RoleNews, RoleOrder
 from echelon.processes import LINE_LENGTH, POLL_S, RoleProcess
 
 NEWS_EVERY_S = 0.5
 PLACES_EVERY_S = 1.0
 ANSWER_S = 5.0
+OTHERS_S = 75.0
+"""Ray 2.60 calls a node lost after 15 s where its machine refuses connections, about a minute where it is silent."""
 KILLED = RoleEnd(code=-signal.SIGKILL, killed_by=signal.SIGKILL, words="was killed by SIGKILL")
 NEVER_STARTED = RoleEnd(code=-signal.SIGTERM, killed_by=signal.SIGTERM, words="was not started")
 
@@ -63,6 +66,7 @@ class RayRole:
         self,
         name: str,
         site: Site,
+        head: RayHead,
         actors: Sequence[Any],
         make_orders: MakeOrders,
         wanted: Mapping[str, float],
@@ -76,13 +80,15 @@ class RayRole:
         self.started = time.monotonic()
         self.exited_at: float | None = None
         self._site = site
+        self._head = head
         self._parts = [Part(actor, site) for actor in actors]
         self._make_orders = make_orders
         self._wanted = wanted
         self._group = group
         self._placed = self._connected = self._released = False
         self._end: RoleEnd | None = None
-        self._places, self._places_at = "", 0.0
+        self._places, self._places_at = self._wish(), 0.0
+        self._failed_at = 0.0
 
     def exit_code(self) -> int | None:
         if self._end is None:
@@ -98,7 +104,7 @@ class RayRole:
     def waits_for(self) -> str:
         if self._placed or self._end is not None:
             return ""
-        if time.monotonic() - self._places_at > PLACES_EVERY_S:
+        if time.monotonic() - self._places_at > PLACES_EVERY_S and self._head.answers():
             self._places, self._places_at = f"{self._wish()}; {places()}", time.monotonic()
         return self._places
 
@@ -106,7 +112,7 @@ class RayRole:
         if not self._placed:
             self._finish(NEVER_STARTED)
             return
-        for part in self._parts:
+        for part in self._parts if self._end is None else ():
             part.actor.terminate.remote()
 
     def kill(self) -> None:
@@ -173,8 +179,15 @@ class RayRole:
                     log.write(said)
         ends = [part.end for part in self._parts if part.end is not None]
         failed = [end for end in ends if end.code != 0]
-        if failed or len(ends) == len(self._parts):
-            self._finish((failed or ends)[0])
+        killed = [end for end in failed if end.killed_by is not None]
+        if killed or len(ends) == len(self._parts) or (failed and self._has_waited_for_others()):
+            self._finish((killed or failed or ends)[0])
+
+    def _has_waited_for_others(self) -> bool:
+        """Where a node is lost, the ranks elsewhere fail at once, and Ray says so later: that is what came first."""
+        now = time.monotonic()
+        self._failed_at = self._failed_at or now
+        return now - self._failed_at > OTHERS_S
 
     def _fail(self, error: Exception) -> None:
         """What Ray or a place will not do is said as the role's own failure."""
@@ -198,6 +211,8 @@ class RayRole:
         closing = [part.actor.close.remote() for part in self._parts] if self._placed else []
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=ANSWER_S)
+        if self._head.lost:  # the nodes end, and their actors with them, once they miss it as long as Ray lets them
+            return
         for part in self._parts:
             ray.kill(part.actor)
         if self._group is not None:

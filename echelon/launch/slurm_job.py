@@ -4,8 +4,10 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from echelon.config import RunConfig
 from echelon.launch.choose import check_installed
 from echelon.launch.elsewhere import placed_elsewhere
+from echelon.processes import POLL_S
 from echelon.recipe import Recipe
 from echelon.run_folder import RunFolder
 
@@ -110,12 +113,8 @@ class AllocatedRun:
         """Stops the run in good order; the same job goes on with it."""
         from submitit.helpers import DelayedSubmission
 
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(LEAVE_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+        if self._process is not None:
+            end(self._process.pid, LEAVE_S)
         return DelayedSubmission(AllocatedRun(self._words, self._run_dir, True))
 
     def _command(self) -> list[str]:
@@ -123,3 +122,24 @@ class AllocatedRun:
         can_resume = RunFolder(self._run_dir).record_file.exists()
         command = [sys.executable, "-m", "echelon", "run", *self._words, "--on", "allocation"]
         return [*command, *(["--resume"] if resume and can_resume else [])]
+
+
+def end(pid: int, within_s: float) -> None:
+    """SIGTERM to a child, and SIGKILL to one that stays. For a signal's handler: what that has interrupted may hold the
+    lock of a `Popen`, whose own methods would wait for it."""
+    deadline = time.monotonic() + within_s
+    if not _has_ended(pid):
+        os.kill(pid, signal.SIGTERM)
+    while not _has_ended(pid):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(POLL_S)
+
+
+def _has_ended(pid: int) -> bool:
+    """Leaves it to its `Popen` to reap it."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True

@@ -102,3 +102,39 @@ def test_process_one_is_a_parent_only_where_the_command_is(
         monkeypatch.setenv("ECHELON_PID", main_pid)
     die_with_parent()
     assert bool(exits) == ends
+
+
+ADOPTED = """
+import ctypes, os, subprocess, sys, time
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come here, and not to init
+subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[2]], check=True)
+_, status = os.wait()
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+LEAVES_A_CHILD = """
+import os, subprocess, sys
+told = {"ECHELON_PARENT": str(os.getpid())}
+subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=os.environ | told)
+"""
+ASKS_TOO_LATE = """
+import os, sys, time
+from databus.process import die_with_parent
+while os.getppid() == int(os.environ["ECHELON_PARENT"]):
+    time.sleep(0.01)
+die_with_parent()
+time.sleep(20)
+sys.exit(77)
+"""
+
+
+def test_whoever_asks_too_late_ends_wherever_orphans_go() -> None:
+    """A role whose parent is killed while it still imports what it needs."""
+    command = [sys.executable, "-c", ADOPTED, LEAVES_A_CHILD, ASKS_TOO_LATE]
+    assert subprocess.run(command, timeout=30).returncode == 1
+
+
+def test_the_next_child_is_not_told_of_its_grandparent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: type("C", (), {"prctl": staticmethod(lambda *_: 0)}))
+    monkeypatch.setenv("ECHELON_PARENT", str(os.getppid()))
+    die_with_parent()
+    assert "ECHELON_PARENT" not in os.environ

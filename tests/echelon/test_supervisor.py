@@ -72,3 +72,19 @@ def test_killed_worker_is_replaced_and_killed_supervisor_leaves_nobody(write_rec
     assert time.monotonic() - started < 10
     stdout, _ = run.process.communicate()
     assert "worker-0 was killed by SIGKILL (out of memory, perhaps): starting it again (1 of 3)" in stdout
+
+
+def test_a_worker_that_comes_back_too_late_holds_nothing_up(write_recipe, start_run, tmp_path: Path) -> None:
+    """One worker's steps are over before the other has started again; no broker is there then to tell it so."""
+    settings = ("learner.steps=12", "eval.every=0", "rollout.workers=2")
+    run = start_run(write_recipe(tmp_path), tmp_path / "run", *settings)
+    run.wait_for(lambda: len(run.rows()) >= 2)
+    run.role("echelon.roles.worker", "worker-1").send_signal(signal.SIGKILL)
+    run.wait_for(lambda: len(run.rows()) == 12)
+    ended = time.monotonic()
+    code, stdout, stderr = run.finish()
+    assert (code, stderr) == (0, ""), run.logs()
+    assert "worker-1 was killed by SIGKILL" in stdout
+    assert "did not end with the run" not in stdout
+    assert time.monotonic() - ended < 40, stdout
+    assert run.survivors() == []

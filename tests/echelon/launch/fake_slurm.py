@@ -1,6 +1,7 @@
 """Slurm's programs, as far as a run uses them, all on this machine: `install(folder)` writes them for a PATH.
 
-sbatch runs the script of a job in the background, with the variables that a node of it has. srun runs its task once
+sbatch runs the script of a job in the background, with the variables that a node of it has; with SLURM_RESTART_COUNT it
+is Slurm that runs it again. srun runs its task once
 for each node, in sessions of their own, passes signals on, and exits as Slurm's does: with a task's exit code, or 128
 and the number of the signal that ended it.
 """
@@ -9,12 +10,12 @@ import sys
 from pathlib import Path
 
 SBATCH = """
-import os, pathlib, re, shutil, subprocess, sys
+import os, pathlib, re, subprocess, sys
 here = pathlib.Path(__file__).parent
 job = "4242"
 script = pathlib.Path(sys.argv[1])
 text = script.read_text()
-shutil.copy(script, here / "job.sh")
+(here / "job.sh").write_text(text)
 nodes = int(re.search(r"--nodes=(\\d+)", text)[1])
 output = re.search(r"--output=(\\S+)", text)[1].replace("%j", job)
 names = [f"127.0.0.{index + 2}" for index in range(nodes)]

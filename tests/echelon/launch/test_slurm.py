@@ -1,5 +1,6 @@
 """A run as a Slurm job, with Slurm's programs replaced by ones that start everything here."""
 
+import json
 import os
 import signal
 import subprocess
@@ -16,12 +17,12 @@ from fake_slurm import install
 from echelon.config import DataConfig, RunConfig
 from echelon.launch.allocation import step_options
 from echelon.launch.config import SlurmConfig
-from echelon.launch.slurm_job import job_parameters, num_nodes
+from echelon.launch.slurm_job import end, job_parameters, num_nodes
 from learner.config import LearnerConfig
 from rollout.config import RolloutConfig
 
 ROOT = Path(__file__).resolve().parents[3]
-STEPS = 16
+STEPS, LONG = 16, 60
 
 
 def config(**slurm: Any) -> RunConfig:
@@ -43,6 +44,23 @@ def test_what_is_not_set_is_left_to_the_cluster() -> None:
     bare = job_parameters(config(), "recipe")
     assert not {"partition", "account", "qos", "constraint", "gpus_per_node", "mem", "setup"} & bare.keys()
     assert bare["additional_parameters"] == {"requeue": True, "signal": "B:USR2@120"}
+
+
+@pytest.mark.parametrize(("ignores", "code"), [(False, -signal.SIGTERM), (True, -signal.SIGKILL)])
+def test_a_signal_s_handler_ends_what_the_program_waits_for(ignores: bool, code: int) -> None:
+    action = "SIG_IGN" if ignores else "SIG_DFL"
+    words = f"import signal, time; signal.signal(15, signal.{action}); print(1, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    before = signal.signal(signal.SIGALRM, lambda *_: end(process.pid, 1.0))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        started = time.monotonic()
+        assert process.wait() == code
+        assert time.monotonic() - started < 10
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        process.stdout.close()
 
 
 def test_steps_on_one_node_share_its_memory() -> None:
@@ -94,7 +112,7 @@ def wait_for(condition: Callable[[], Any], folder: Path, run_dir: Path, timeout_
 
 def said(run_dir: Path) -> str:
     files = [*run_dir.parent.glob("run-slurm/*.out"), *run_dir.glob("logs/*")]
-    return "\n".join(f"--- {file.name}\n{file.read_text()[-3000:]}" for file in files)
+    return "\n".join(f"--- {file.name}\n{file.read_text()[-8000:]}" for file in files)
 
 
 @pytest.mark.slow
@@ -123,9 +141,36 @@ def test_a_job_is_submitted_runs_on_three_nodes_and_ends(slurm, write_recipe, tm
     wait_for(lambda: not family(slurm), slurm, run_dir)
     assert len(rows.read_text().splitlines()) == STEPS, said(run_dir)
     assert "was killed by SIGKILL" in said(run_dir)
+    assert "did not end with the run" not in said(run_dir)
     steps = (slurm / "srun.log").read_text()
     assert "--nodelist 127.0.0.2,127.0.0.3" in steps and "--nodelist 127.0.0.4" in steps
     assert "--mem=4096M" in steps
+    audit = echelon(slurm, "audit", run_dir)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_a_job_whose_time_is_nearly_over_stops_and_goes_on_when_it_is_queued_again(
+    slurm, write_recipe, tmp_path: Path
+) -> None:
+    run_dir, recipe = tmp_path / "run", write_recipe(tmp_path)
+    settings = (f"learner.steps={LONG}", "eval.every=0", "learner.checkpoint_every=5")
+    submitted = echelon(slurm, "run", recipe, "--on", "slurm", "--run-dir", run_dir, *settings)
+    assert submitted.returncode == 0, submitted.stderr
+    rows = run_dir / "metrics.jsonl"
+    wait_for(lambda: rows.exists() and len(rows.read_text().splitlines()) >= 7, slurm, run_dir)
+    os.kill(int((slurm / "job.pid").read_text()), signal.SIGUSR2)  # as `--signal=B:USR2@120` has Slurm do
+    wait_for(lambda: not family(slurm), slurm, run_dir)
+    assert (slurm / "requeued").read_text() == "4242", said(run_dir)
+    assert "stopped at step" in said(run_dir)
+    assert 7 <= len(rows.read_text().splitlines()) < LONG
+
+    again = {"PATH": f"{slurm}:/usr/bin:/bin", "SLURM_RESTART_COUNT": "1"}
+    subprocess.run([slurm / "sbatch", slurm / "job.sh"], env=os.environ | again, timeout=60, check=True)
+    wait_for(lambda: not family(slurm), slurm, run_dir)
+    assert [json.loads(row)["step"] for row in rows.read_text().splitlines()] == list(range(LONG)), said(run_dir)
     audit = echelon(slurm, "audit", run_dir)
     assert audit.returncode == 0, audit.stdout + audit.stderr
 
