@@ -1,5 +1,7 @@
 """The roles' modules, which are run with `python -m`, and what workers and ranks are told wherever they are."""
 
+import os
+
 from echelon.config import RunConfig
 
 PREPARE, BROKER, LEARNER, WORKER = "prepare", "broker", "learner", "worker"
@@ -24,5 +26,8 @@ def worker_defaults(config: RunConfig) -> dict[str, str]:
 
 
 def ranks_defaults(config: RunConfig) -> dict[str, str]:
-    """One thread on a CPU: the engine has cores of its own."""
-    return {"OMP_NUM_THREADS": "1"} if config.learner.device == "cpu" else {}
+    """One thread on a CPU, where the engine has cores of its own; a share of all cores where it takes turns."""
+    if config.learner.device != "cpu":
+        return {}
+    cores = len(os.sched_getaffinity(0)) if config.placement == "colocated" else 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // config.learner.ranks))}
