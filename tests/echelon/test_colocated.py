@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from databus.turns import Side, who_has
+from echelon.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -59,9 +60,13 @@ def _turn(event: dict[str, Any], begin_s: float, end_s: float) -> Turn:
     return Turn(event["who"].partition("/")[0], event["who"], event["pid"], begin_s, end_s)
 
 
+def echelon(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "echelon", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
 def audit(folder: Path) -> None:
-    command = [sys.executable, "-m", "echelon", "audit", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = echelon("audit", str(folder))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -94,7 +99,7 @@ def test_sides_never_compute_at_the_same_time(
 def test_a_turn_dies_with_who_has_it(write_recipe, start_run, tmp_path: Path) -> None:
     """The learner is killed in its turn, with a worker's flag down, and then a worker in its own."""
     run = start_run(
-        write_recipe(tmp_path), tmp_path / "run", COLOCATED, "learner.steps=16", "learner.checkpoint_every=3"
+        write_recipe(tmp_path), tmp_path / "run", COLOCATED, "learner.steps=24", "learner.checkpoint_every=3"
     )
     killed: dict[int, float] = {}
     victims: tuple[tuple[str, Side, str], ...] = (("learner", "learner", "0"), ("worker", "engines", "worker-0"))
@@ -104,10 +109,12 @@ def test_a_turn_dies_with_who_has_it(write_recipe, start_run, tmp_path: Path) ->
         process = run.role(f"echelon.roles.{role}")
         kill_in_its_turn(process, run.folder / "turns", side, name)
         killed[process.pid] = time.monotonic()
+    stranger = echelon("worker", "--join", bus.address) if (bus := RunFolder(run.folder).bus()) else None
+    assert stranger and "is colocated: its workers share the learner's machine; join it there" in stranger.stderr
     code, stdout, stderr = run.finish()
     assert (code, stderr) == (0, ""), run.logs()
     assert stdout.count("starting it again") == 2, stdout
-    assert [row["step"] for row in run.rows() if "loss/policy" in row] == list(range(16))
+    assert [row["step"] for row in run.rows() if "loss/policy" in row] == list(range(24))
     assert run.survivors() == []
     audit(run.folder)
     turns = read_turns(run.folder, killed)
