@@ -98,7 +98,7 @@ def _engine(config: RolloutConfig, run: WorkerRun) -> Engine:
         return make_engine(config, run.model, run.seed, version=0, draft=run.draft)
     turns, name = run.turns
     engine = make_engine(config, run.model, run.seed, version=0, draft=run.draft, turns=turns)
-    return TurnEngine(engine, EngineTurn(turns, name))
+    return TurnEngine(engine, EngineTurn(turns, name), config.start_timeout_s)
 
 
 async def _serve(

@@ -5,7 +5,7 @@ import logging
 import time
 
 from databus.turns import EngineTurn
-from rollout.engine.base import Completion, Engine, EngineStats, GenerateRequest, Snapshot, UpdateReport
+from rollout.engine.base import Completion, Engine, EngineDead, EngineStats, GenerateRequest, Snapshot, UpdateReport
 
 logger = logging.getLogger(__name__)
 
@@ -18,9 +18,11 @@ class TurnEngine:
     Requests are taken at any time, and those in flight go on in the next turn; versions are served in turns only.
     """
 
-    def __init__(self, engine: Engine, turn: EngineTurn) -> None:
+    def __init__(self, engine: Engine, turn: EngineTurn, start_timeout_s: float) -> None:
+        """Args: start_timeout_s: how long to wait for a turn to start in."""
         self._engine = engine
         self._turn = turn
+        self._start_timeout_s = start_timeout_s
         self._awake = asyncio.Event()
         self._changing = asyncio.Lock()
         """Held while a version is being served, and while the engine falls asleep or wakes up."""
@@ -30,8 +32,11 @@ class TurnEngine:
         return self._engine.version
 
     async def start(self) -> None:
-        """Loading takes the device, too; so it waits for a turn, at most as long as the supervisor waits for it."""
+        """Loading takes the device, too, so it waits for a turn."""
+        deadline = time.monotonic() + self._start_timeout_s
         while not self._turn.try_take():
+            if time.monotonic() > deadline:
+                raise EngineDead(f"the learner did not give up the device within {self._start_timeout_s:g} s")
             await asyncio.sleep(POLL_S)
         await self._engine.start()
         self._awake.set()

@@ -97,7 +97,7 @@ def test_sides_never_compute_at_the_same_time(
 
 
 def test_a_turn_dies_with_who_has_it(write_recipe, start_run, tmp_path: Path) -> None:
-    """The learner is killed in its turn, with a worker's flag down, and then a worker in its own."""
+    """The learner is killed in its turn, and then the worker in its own."""
     run = start_run(
         write_recipe(tmp_path), tmp_path / "run", COLOCATED, "learner.steps=24", "learner.checkpoint_every=3"
     )
@@ -107,8 +107,7 @@ def test_a_turn_dies_with_who_has_it(write_recipe, start_run, tmp_path: Path) ->
         steps = len(run.rows()) + 3
         run.wait_for(lambda steps=steps: len(run.rows()) >= steps)
         process = run.role(f"echelon.roles.{role}")
-        kill_in_its_turn(process, run.folder / "turns", side, name)
-        killed[process.pid] = time.monotonic()
+        killed[process.pid] = kill_in_its_turn(process, run.folder / "turns", side, name)
     stranger = echelon("worker", "--join", bus.address) if (bus := RunFolder(run.folder).bus()) else None
     assert stranger and "is colocated: its workers share the learner's machine; join it there" in stranger.stderr
     code, stdout, stderr = run.finish()
@@ -146,8 +145,8 @@ def test_vllm_takes_turns(write_recipe, start_run, tmp_path: Path) -> None:
     assert {turn.who for turn in turns} == {"learner/0", "engines/worker-0"}
 
 
-def kill_in_its_turn(process: psutil.Process, turns: Path, side: Side, name: str) -> None:
-    """Stops it, looks whether it has the device, and lets it go on where it has not."""
+def kill_in_its_turn(process: psutil.Process, turns: Path, side: Side, name: str) -> float:
+    """Stops it, looks whether it has the device, and lets it go on where it has not. Returns: when it was killed."""
     deadline = time.monotonic() + 60.0
     while True:
         process.suspend()
@@ -156,5 +155,7 @@ def kill_in_its_turn(process: psutil.Process, turns: Path, side: Side, name: str
         process.resume()
         assert time.monotonic() < deadline
         time.sleep(0.003)
+    killed_at = time.monotonic()
     os.kill(process.pid, signal.SIGKILL)
     process.wait(10.0)
+    return killed_at

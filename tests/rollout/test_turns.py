@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from databus.messages import Sampling
 from databus.turns import EngineTurn, LearnerTurn, who_has
 from rollout.config import RolloutConfig
-from rollout.engine.base import Completion, GenerateRequest
+from rollout.engine.base import Completion, EngineDead, GenerateRequest
 from rollout.engine.factory import make_engine
 from rollout.engine.turns import TurnEngine
 
@@ -33,9 +34,9 @@ def same(left: list[Completion], right: list[Completion]) -> bool:
     )
 
 
-def make(model: Path, turns: Path) -> TurnEngine:
+def make(model: Path, turns: Path, start_timeout_s: float = 20.0) -> TurnEngine:
     engine = make_engine(CONFIG, str(model), seed=1, version=0, turns=turns)
-    return TurnEngine(engine, EngineTurn(turns, "worker-0"))
+    return TurnEngine(engine, EngineTurn(turns, "worker-0"), start_timeout_s)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -120,6 +121,11 @@ def test_it_starts_in_a_turn_of_its_own(tiny_model: Path, tmp_path: Path) -> Non
         await starting
         assert who_has(tmp_path, "engines") == ["worker-0"]
         await engine.close()
+        await asyncio.to_thread(learner.take)
+        impatient = make(tiny_model, tmp_path, start_timeout_s=0.1)
+        with pytest.raises(EngineDead, match=r"the learner did not give up the device within 0\.1 s"):
+            await impatient.start()
+        await impatient.close()
         learner.close()
 
     run(scenario())
