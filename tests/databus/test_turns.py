@@ -129,6 +129,21 @@ def test_engines_go_on_together_and_the_learner_goes_first(tmp_path: Path) -> No
         flag.close()
 
 
+def test_a_wish_that_comes_while_an_engines_flag_goes_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, learner = EngineTurn(tmp_path, "worker-0"), Flag(tmp_path, "learner", "0")
+    hoist = engine._flag.try_hoist
+
+    def slow_hoist() -> bool:
+        learner.hoist(1.0)
+        return hoist()
+
+    monkeypatch.setattr(engine._flag, "try_hoist", slow_hoist)
+    assert not engine.try_take()
+    assert explain(tmp_path) == "the learner has the device"
+    engine.close()
+    learner.close()
+
+
 def test_a_name_has_one_flag(tmp_path: Path) -> None:
     """A worker that is started again waits for what is left of the one before."""
     before, after = Flag(tmp_path, "engines", "worker-0"), Flag(tmp_path, "engines", "worker-0")
