@@ -22,8 +22,9 @@ def leaves(value: Any) -> list[Tensor]:
 
 
 def bits(tensors: dict[str, Any]) -> list[bytes]:
-    flat = [_whole(leaf).detach().reshape(-1).contiguous() for leaf in leaves(tensors)]
-    return [tensor.view(torch.uint8).numpy().tobytes() for tensor in flat]
+    """Of copies: memory that numpy has seen cannot be resized any more."""
+    copies = [_whole(leaf).detach().reshape(-1).clone() for leaf in leaves(tensors)]
+    return [tensor.view(torch.uint8).numpy().tobytes() for tensor in copies]
 
 
 def _whole(tensor: Tensor) -> Tensor:
