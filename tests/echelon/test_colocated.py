@@ -20,6 +20,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOCATED = "placement=colocated"
+SLEEPLESS = """
+import sys
+if "echelon.roles.worker" in sys.orig_argv:
+    import asyncio
+    from rollout.engine.small_engine import SmallEngine
+    async def stay_awake(self):
+        await asyncio.sleep(1000)
+    SmallEngine.sleep = stay_awake
+"""
 
 
 class Turn(NamedTuple):
@@ -119,6 +128,18 @@ def test_a_turn_dies_with_who_has_it(write_recipe, start_run, tmp_path: Path) ->
     turns = read_turns(run.folder, killed)
     assert overlaps(turns) == []
     assert {turn.pid for turn in turns} >= set(killed)
+
+
+def test_an_engine_that_keeps_the_device_is_named(write_recipe, start_run, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SLEEPLESS)
+    settings = ("watchdog_s=4", "eval.every=0")
+    run = start_run(write_recipe(tmp_path), tmp_path / "run", COLOCATED, *settings, python_path=site)
+    code, _, stderr = run.finish()
+    assert code == 1, run.logs()
+    assert "the learner wants the device, and worker-0 did not give it up; it " in stderr
+    assert run.survivors() == []
 
 
 def test_vllm_takes_turns(write_recipe, start_run, tmp_path: Path) -> None:
