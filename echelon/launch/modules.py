@@ -1,7 +1,5 @@
 """The roles' modules, which are run with `python -m`, and what workers and ranks are told wherever they are."""
 
-import os
-
 from echelon.config import RunConfig
 
 PREPARE, BROKER, LEARNER, WORKER = "prepare", "broker", "learner", "worker"
@@ -26,8 +24,5 @@ def worker_defaults(config: RunConfig) -> dict[str, str]:
 
 
 def ranks_defaults(config: RunConfig) -> dict[str, str]:
-    """One thread on a CPU, where the engine has cores of its own; a share of all cores where it takes turns."""
-    if config.learner.device != "cpu":
-        return {}
-    cores = len(os.sched_getaffinity(0)) if config.placement == "colocated" else 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // config.learner.ranks))}
+    """One thread on a CPU: the engine has cores of its own. In turns two were slower than one (decision 031)."""
+    return {"OMP_NUM_THREADS": "1"} if config.learner.device == "cpu" else {}
