@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 Side = Literal["learner", "engines"]
-SIDES: tuple[Side, Side] = ("learner", "engines")
 RECORD = "record.jsonl"
 POLL_S = 0.005
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from learner.config import OffTurn
+from learner.model import PolicyModel, reshard
 
 Tensors = Callable[[], Iterable[Tensor]]
 
@@ -77,7 +77,7 @@ class HostState:
             torch.cuda.synchronize()
 
 
-def state_of(kind: OffTurn, models: Iterable[nn.Module], optimizer: Optimizer) -> Tensors:
+def state_of(kind: OffTurn, models: Iterable[PolicyModel], optimizer: Optimizer) -> Tensors:
     """What leaves the device. Args: models: the policy, and the reference model where there is one."""
 
     def tensors() -> Iterable[Tensor]:
@@ -86,8 +86,7 @@ def state_of(kind: OffTurn, models: Iterable[nn.Module], optimizer: Optimizer) -
         yield from _tensors_in(list(optimizer.state.values()))
         if kind == "all":
             for model in models:
-                if isinstance(model, FSDPModule):
-                    model.reshard()  # or the root's whole parameters stay, in place of its shards
+                reshard(model)
                 yield from model.parameters()
                 yield from model.buffers()
 

@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
 from torch.optim import Optimizer
 
 from databus.turns import LearnerTurn
 from learner.config import LearnerConfig
+from learner.model import PolicyModel
 from learner.off_turn import HostState, state_of
 
 
 class Turn(Protocol):
     """All ranks have one, and call it alike."""
 
-    def holds(self, models: Iterable[nn.Module], optimizer: Optimizer, finish: Callable[[], None]) -> None:
+    def holds(self, models: Iterable[PolicyModel], optimizer: Optimizer, finish: Callable[[], None]) -> None:
         """What there is on the device. Args: finish: waits for what is done beside training."""
         ...
 
@@ -36,7 +36,7 @@ class Turn(Protocol):
 class Always:
     """The learner has a device of its own."""
 
-    def holds(self, models: Iterable[nn.Module], optimizer: Optimizer, finish: Callable[[], None]) -> None:
+    def holds(self, models: Iterable[PolicyModel], optimizer: Optimizer, finish: Callable[[], None]) -> None:
         pass
 
     def take(self) -> None:
@@ -60,7 +60,7 @@ class DeviceTurn:
         self._finish: Callable[[], None] | None = None
         self._waited_s = 0.0
 
-    def holds(self, models: Iterable[nn.Module], optimizer: Optimizer, finish: Callable[[], None]) -> None:
+    def holds(self, models: Iterable[PolicyModel], optimizer: Optimizer, finish: Callable[[], None]) -> None:
         on_cpu = self._config.device == "cpu"  # its memory is the host's, and what is done beside training takes it
         if not on_cpu and self._config.off_turn != "none":
             self._state = HostState(state_of(self._config.off_turn, list(models), optimizer), self._config.device)
