@@ -78,7 +78,8 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stale_policy: what a batch cut does with a group that has older tokens: `drop` it, `mask` those
         tokens, or `requeue` its prompt.
     group_size, batch_groups: completions a prompt, prompts a batch.
-    placement: `separate`: learner and engines are processes of their own, on devices of their own.
+    placement: `separate`: learner and engines have devices of their own. `colocated`: they take turns on one device, or
+        on one machine's CPU; see `learner.off_turn`, `rollout.off_turn`.
     journal.keep: the broker's journal keeps all batches of the run, not only those since the oldest kept checkpoint.
     watchdog_s: a run without progress for so long is ended, with the first cause and every role's stack.
     """
@@ -90,7 +91,7 @@ class RunConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stale_policy: StalePolicy = "drop"
     group_size: Annotated[int, Meta(ge=2)] = 8
     batch_groups: PositiveInt = 16
-    placement: Literal["separate"] = "separate"
+    placement: Literal["separate", "colocated"] = "separate"
     watchdog_s: Annotated[float, Meta(gt=0)] = 900.0
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()

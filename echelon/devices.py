@@ -1,4 +1,4 @@
-"""Which GPUs a role sees: the learner the first ones, each worker one of the rest, or a share of them."""
+"""Which GPUs a role sees: the learner the first ones, each worker one of the rest, or of the learner's in turns."""
 
 import os
 import re
@@ -30,5 +30,5 @@ def worker_gpus(config: RunConfig, gpus: list[str], index: int) -> dict[str, str
     if config.rollout.device != "cuda" or not gpus:
         return {}
     taken = config.learner.ranks if config.learner.device == "cuda" else 0
-    free = gpus[taken:] or gpus
+    free = (gpus[:taken] if config.placement == "colocated" else gpus[taken:]) or gpus
     return {VISIBLE: free[index % len(free)]}

@@ -6,6 +6,7 @@ reward function, and the keys.
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -88,7 +89,7 @@ def _by_folder(folder: RunFolder, keys: Path | None) -> Membership:
         raise ValueError(f"no run is under way in {folder.path}")
     if keys is not None:
         bus = msgspec.structs.replace(bus, keys=str(keys))
-    return Membership(config=config, bus=bus, reward_dir=folder.path)
+    return Membership(config=config, bus=bus, reward_dir=folder.path, turns=folder.turns_of(config))
 
 
 def _by_address(address: str, keys: Path | None) -> Membership:
@@ -100,6 +101,10 @@ def _by_address(address: str, keys: Path | None) -> Membership:
         config = msgspec.json.decode(welcome.config_json, type=RunConfig)
     except msgspec.MsgspecError as error:
         raise ValueError(f"the run at {address} is of another version of Echelon than this one: {error}") from None
+    if config.placement == "colocated":
+        raise ValueError(
+            f"the run at {address} is colocated: its workers share the learner's machine; join it there, by its folder"
+        )
     bus = msgspec.structs.replace(bus, run_id=welcome.run_id)
     return Membership(config=config, bus=bus, reward_dir=Path(welcome.run_dir))
 
@@ -123,4 +128,4 @@ def _ask(bus: BusRecord) -> Welcome:
 
 def _changed(run: Membership, **settings: object) -> Membership:
     config = msgspec.structs.replace(run.config, **settings)
-    return Membership(config=config, bus=run.bus, reward_dir=run.reward_dir)
+    return replace(run, config=config)

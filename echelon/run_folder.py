@@ -1,7 +1,7 @@
 """The folder of a run: every path in it, its lock, and whether a run may use it.
 
 config.json  recipe.py  run.json  lock  bus.json  keys/  prompts/  tokenizer/
-journal/  checkpoints/  metrics.jsonl  samples.jsonl  rollouts.bin  logs/
+journal/  checkpoints/  metrics.jsonl  samples.jsonl  rollouts.bin  logs/  turns/
 """
 
 import fcntl
@@ -19,6 +19,7 @@ import msgspec
 from databus.config import BusConfig
 from databus.keys import ClientKeys, KeyHolder, ServerKeys, client_keys, new_keys, server_keys
 from databus.messages import Role
+from databus.turns import RECORD as TURNS_RECORD
 from echelon.config import RunConfig
 from echelon.files import read_rows, write_atomically
 from echelon.recipe import RECIPE_FILE, Recipe
@@ -73,6 +74,11 @@ class RunFolder:
         self.rollouts_file = self.path / "rollouts.bin"
         self.logs = self.path / "logs"
         self.own_keys = self.path / "keys"
+        self.turns = self.path / "turns"
+
+    def turns_of(self, config: RunConfig) -> Path | None:
+        """Where learner and engines take turns; None where they do not."""
+        return self.turns if config.placement == "colocated" else None
 
     def log_file(self, role: str) -> Path:
         return self.logs / f"{role}.log"
@@ -172,6 +178,7 @@ class RunFolder:
         self.bus_file.unlink(missing_ok=True)
         if not resume:
             self.rollouts_file.unlink(missing_ok=True)
+            (self.turns / TURNS_RECORD).unlink(missing_ok=True)
             shutil.rmtree(self.journal, ignore_errors=True)
         shutil.rmtree(self.prompts, ignore_errors=True)
         for folder in (self.prompts, self.checkpoints, self.logs):

@@ -55,7 +55,8 @@ class Supervisor:
         self._follower = RowFollower(site.folder.metrics_file)
         self._ready: set[str] = set()
         self._progress_at = self._status_at = time.monotonic()
-        self._watchdog = Watchdog(self._roster, site.folder.log_file("watchdog"))
+        turns = site.folder.turns_of(site.config)
+        self._watchdog = Watchdog(self._roster, site.folder.log_file("watchdog"), turns)
         self._replacements = Replacements(site.config.rollout.drain_s + GRACE_S)
         self._refusal = ""
         self._noted_waits: set[str] = set()

@@ -29,6 +29,7 @@ def validate(config: RunConfig) -> None:
         _check_reward,
         _check_evaluation,
         _check_learner,
+        _check_placement,
         _check_keep_best,
         _check_bus,
         _check_weights,
@@ -92,6 +93,15 @@ def _check_evaluation(config: RunConfig) -> None:
 
 def _check_learner(config: RunConfig) -> None:
     check_learner(config.learner, config.batch_groups)
+
+
+def _check_placement(config: RunConfig) -> None:
+    devices = config.learner.device, config.rollout.device
+    if config.placement == "colocated" and devices[0] != devices[1]:
+        raise ValueError(
+            f"placement is colocated, one device for both, but learner.device is {devices[0]} and rollout.device "
+            f"{devices[1]}: set them to the same, or placement to separate"
+        )
 
 
 def _check_keep_best(config: RunConfig) -> None:

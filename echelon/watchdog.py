@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 
 from databus.messages import Status, WorkerStatus
+from databus.turns import explain
 from echelon.launch.base import RunningRole
 from echelon.launch.modules import BROKER
 from echelon.processes import RoleProcess
@@ -23,9 +24,11 @@ MAX_STACK_BYTES = 64 << 10
 class Watchdog:
     """Looks at every role of a roster and writes down what it sees."""
 
-    def __init__(self, roster: Roster, report_file: Path) -> None:
+    def __init__(self, roster: Roster, report_file: Path, turns: Path | None = None) -> None:
+        """Args: turns: where learner and engines take turns on a device, the folder of their flags."""
         self._roster = roster
         self._file = report_file
+        self._turns = turns
 
     def report(self, status: Status | None, status_age_s: float) -> str:
         """Have every role write its stacks, put all together in the report's file, and say in one line who it is.
@@ -34,7 +37,8 @@ class Watchdog:
         """
         children = [child for child in self._roster.children.values() if child.exit_code() is None]
         processes = self._roster.look()
-        cause = diagnose(processes, status, status_age_s)
+        turn = "" if self._turns is None else explain(self._turns)
+        cause = diagnose(processes, status, status_age_s, turn)
         sections = [cause, *map(_process_line, processes), _status_text(status, status_age_s)]
         sections += self._stacks(children)
         self._file.write_text("\n\n".join(sections) + "\n")
@@ -53,8 +57,11 @@ class Watchdog:
         return [f"stacks of {child.name}:\n{_read_from(child.log, before[child.name])}" for child in children]
 
 
-def diagnose(processes: Sequence[RoleProcess], status: Status | None, status_age_s: float) -> str:
-    """Who holds the run up, in one line: what is certain first, else whoever has something to do and does not."""
+def diagnose(processes: Sequence[RoleProcess], status: Status | None, status_age_s: float, turn: str = "") -> str:
+    """Who holds the run up, in one line: what is certain first, else whoever has something to do and does not.
+
+    Args: turn: `databus.turns.explain`, where the learner wants or has a device that it shares with engines.
+    """
     stopped = [each for each in processes if each.state == psutil.STATUS_STOPPED]
     if stopped:
         return ", ".join(f"{each.role} (pid {each.pid}) is stopped (SIGSTOP)" for each in stopped)
@@ -62,6 +69,8 @@ def diagnose(processes: Sequence[RoleProcess], status: Status | None, status_age
         return f"the {BROKER} has not answered for {status_age_s:.0f} s"
     if status.disk_full:
         return f"the {BROKER} cannot write its journal: {status.disk_full}"
+    if turn:
+        return f"{turn}; it {_learner(status)}"
     if status.training_s:  # a cut is progress, so it has had the batch all this time
         return f"the learner has had the batch of step {status.step} for {status.training_s:.0f} s"
     held_up = [line for worker in status.workers if (line := _complaint(worker))]

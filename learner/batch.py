@@ -1,6 +1,6 @@
 """From the broker's batch to groups, the same on every rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from databus.codec import Frame, MalformedMessage, encode_header, frame_sizes
 from databus.groups import Group, decode_group
 from databus.messages import Batch, BatchRequest
-from learner.bus import BrokerLink, RunStoppedError
+from learner.bus import POLL_S, BrokerLink, RunStoppedError, nothing
 
 WAITING, BATCH, STOPPED, FAILED = range(4)
 """What rank 0 has to tell the other ranks."""
@@ -25,14 +25,24 @@ class BatchFeed:
     """Gets batches from the broker on rank 0 and hands them to all ranks as raw bytes."""
 
     def __init__(
-        self, broker: BrokerLink | None, rank: int, world_size: int, max_staleness: int, timeout_s: float
+        self,
+        broker: BrokerLink | None,
+        rank: int,
+        world_size: int,
+        max_staleness: int,
+        timeout_s: float,
+        idle: Callable[[], None] = nothing,
+        grace_s: float = POLL_S,
     ) -> None:
-        """Args: broker: None on ranks other than 0. timeout_s: how long to wait for one batch."""
+        """Args: broker: None on ranks other than 0. timeout_s: how long to wait for one batch. idle: called on every
+        rank where a batch is not there within `grace_s`, perhaps several times."""
         self._broker = broker
         self._rank = rank
         self._world_size = world_size
         self._max_staleness = max_staleness
         self._timeout_s = timeout_s
+        self._idle = idle
+        self._grace_s = grace_s
 
     def groups(self, step: int) -> list[Group]:
         """The groups that `step` trains, on every rank, checked against the staleness bound once more.
@@ -56,6 +66,7 @@ class BatchFeed:
                 lambda batch: batch.step == step,
                 self._timeout_s,
                 while_waiting=self._still_waiting,
+                first_poll_s=self._grace_s,
             )
         except RunStoppedError as stop:
             self._tell(STOPPED if stop.ok else FAILED)
@@ -73,10 +84,12 @@ class BatchFeed:
                 return msgspec.msgpack.decode(header, type=Batch), frames
             if kind in (STOPPED, FAILED):
                 raise RunStoppedError("rank 0 was told to stop", ok=kind == STOPPED)
+            self._idle()
 
     def _still_waiting(self) -> None:
         """Keeps the other ranks' wait short of the process group's deadline."""
         self._tell(WAITING)
+        self._idle()
 
     def _tell(self, kind: int, frames: Sequence[Frame] = ()) -> None:
         if self._world_size == 1:

@@ -72,24 +72,27 @@ class BrokerLink:
         *,
         while_waiting: Callable[[], None] = nothing,
         through_stop: bool = False,
+        first_poll_s: float = POLL_S,
     ) -> tuple[Reply, Sequence[Frame]]:
         """Ask and wait for the answer; ask again every `RESEND_S`, should the broker have restarted.
 
-        Answers to earlier questions and other messages are passed over. `while_waiting` is called about every
-        `POLL_S`. With `through_stop`, a good end of the run that is announced meanwhile is noted and waiting goes on.
+        Answers to earlier questions and other messages are passed over. `while_waiting` is called after
+        `first_poll_s`, and about every `POLL_S` from then on. With `through_stop`, a good end of the run that is
+        announced meanwhile is noted and waiting goes on.
         Raises: RunStoppedError; RuntimeError if the broker refuses, or does not answer within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
-        resend_at = 0.0
+        resend_at, poll_s = 0.0, first_poll_s
         while (now := time.monotonic()) < deadline:
             if now >= resend_at:
                 if resend_at:
                     self._say_again()
                 self._bus.send(question)
                 resend_at = now + RESEND_S
-            received = self._receive(min(POLL_S, deadline - now), through_stop)
+            received = self._receive(min(poll_s, deadline - now), through_stop)
             if received is None:
                 while_waiting()
+                poll_s = POLL_S
             elif isinstance(received[0], Welcome):
                 resend_at = 0.0
             elif isinstance(received[0], reply_type) and wanted(received[0]):

@@ -8,6 +8,7 @@ PositiveInt = Annotated[int, Meta(ge=1)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
+OffTurn = Literal["none", "optimizer", "all"]
 
 
 class AdvantageConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,6 +119,8 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         package flash-attn.
     compile: decoder layers through torch.compile; some minutes at the start, and a C++ compiler.
     offload: masters, gradients and optimizer state in host memory; the optimizer steps there. Needs `cuda`.
+    off_turn: what moves to host memory while engines have the device, with `placement=colocated` on `cuda`: optimizer
+        state, `all` (masters and the reference model, too), or `none`, where device memory has room for both sides.
     optimizer: `adamw`; `muon` or `apollo` for the matrices of decoder layers and AdamW for the rest, with one rate.
     apollo: what APOLLO keeps of gradients.
     lora: adapters that are trained in place of the model's own parameters.
@@ -146,6 +149,7 @@ class LearnerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     attention: Literal["sdpa", "flash_attention_2", "flex_attention"] = "sdpa"
     compile: bool = False
     offload: bool = False
+    off_turn: OffTurn = "all"
     optimizer: Literal["adamw", "muon", "apollo"] = "adamw"
     apollo: ApolloConfig = ApolloConfig()
     advantage: AdvantageConfig = AdvantageConfig()

@@ -18,7 +18,7 @@ from databus.messages import VersionPublished
 from learner.adapter_snapshot import AdapterSnapshotter
 from learner.advantage_function import AdvantageFunction
 from learner.batch import BatchFeed
-from learner.bus import BrokerLink, Bus, RunStoppedError
+from learner.bus import POLL_S, BrokerLink, Bus, RunStoppedError
 from learner.checkpoint import load_checkpoint
 from learner.checkpoint_folder import read_trainer_state
 from learner.checkpoint_saver import CheckpointSaver
@@ -31,10 +31,13 @@ from learner.publisher import Publisher, WholePublisher, make_publisher
 from learner.reference import build_reference
 from learner.train_step import TrainStep
 from learner.trainer import FirstRank, Trainer
+from learner.turn import Always, DeviceTurn, Turn
 
 logger = logging.getLogger(__name__)
 
 MIN_KEPT_VERSIONS = 2
+GRACE_S = 0.1
+"""How long a learner with a turn waits for the next batch: what is there already needs no turn of the engines."""
 
 
 class ClosableBus(Bus, Protocol):
@@ -52,7 +55,8 @@ class LearnerRun:
     collective_timeout_s: how long a rank waits for the others. advantage_function: the one that `advantage.estimator`
     names, if it names one. probe: token ids of fixed texts, at least two each, whose log-probabilities go with every
     version; empty where engines have no mismatch gate. weights_dir: where versions go that are published as files; no
-    other run may use it.
+    other run may use it. turns: folder of the flags by which learner and engines take turns on one device; None where
+    they have devices of their own.
     """
 
     model: str
@@ -72,6 +76,7 @@ class LearnerRun:
     probe: tuple[tuple[int, ...], ...] = ()
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     weights_dir: Path | None = None
+    turns: Path | None = None
 
 
 def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[int], ClosableBus]) -> None:
@@ -89,7 +94,9 @@ def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[i
             first_rank = None
             if dist.get_rank() == 0:
                 first_rank = _connect(run, bus_factory, start_step, stack)
-            trainer = _build(config, run, start_step, first_rank, stack)
+            turn = _turn(config, run, stack)
+            turn.take()
+            trainer = _build(config, run, start_step, first_rank, turn, stack)
             trainer.run()
             trainer.serve_until_stopped(run.end_timeout_s)
     except RunStoppedError as stop:
@@ -151,13 +158,28 @@ def _connect(
     return FirstRank(broker=BrokerLink(bus), outlet=outlet)
 
 
+def _turn(config: LearnerConfig, run: LearnerRun, stack: ExitStack) -> Turn:
+    if run.turns is None:
+        return Always()
+    turn = DeviceTurn(config, run.turns, dist.get_rank(), run.batch_timeout_s)
+    stack.callback(turn.close)
+    return turn
+
+
 def _build(
-    config: LearnerConfig, run: LearnerRun, start_step: int, first_rank: FirstRank | None, stack: ExitStack
+    config: LearnerConfig,
+    run: LearnerRun,
+    start_step: int,
+    first_rank: FirstRank | None,
+    turn: Turn,
+    stack: ExitStack,
 ) -> Trainer:
     policy, train_step = build_train_step(config, run, start_step)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     publisher = _publisher(policy, run, first_rank)
     stack.callback(publisher.close)
+    models = [policy, *train_step.frozen_models]
+    turn.holds(models, train_step.optimizer, publisher.wait)
     broker = None if first_rank is None else first_rank.broker
     return Trainer(
         config=config,
@@ -167,13 +189,20 @@ def _build(
         world_size=world_size,
         policy=policy,
         train_step=train_step,
-        feed=BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s),
+        feed=_feed(run, broker, turn, rank, world_size),
         publisher=publisher,
         saver=_saver(config, run, stack),
         copies=_copies(config, run, start_step, stack),
         first_rank=first_rank,
         probe=run.probe,
+        turn=turn,
     )
+
+
+def _feed(run: LearnerRun, broker: BrokerLink | None, turn: Turn, rank: int, world_size: int) -> BatchFeed:
+    # On-policy no batch can be there before the engines have had a turn with the new version.
+    grace_s = POLL_S if run.turns is None else GRACE_S * (run.max_staleness > 0)
+    return BatchFeed(broker, rank, world_size, run.max_staleness, run.batch_timeout_s, turn.give, grace_s)
 
 
 def _publisher(policy: PolicyModel, run: LearnerRun, first_rank: FirstRank | None) -> Publisher:

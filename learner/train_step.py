@@ -51,6 +51,13 @@ class TrainStep:
         self._rank = dist.get_rank()
         self._world_size = dist.get_world_size()
 
+    @property
+    def frozen_models(self) -> list[PolicyModel]:
+        """Those that it scores with beside the policy."""
+        if self._reference is None or self._reference is self._policy:
+            return []
+        return [self._reference]
+
     def __call__(self, groups: Items[Group], step: int) -> dict[str, float]:
         """Train on a batch; its metrics, the same on every rank.
 

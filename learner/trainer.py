@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from databus.messages import Position, PositionRequest, StepDone
@@ -18,6 +18,7 @@ from learner.outlet import Outlet
 from learner.probe import score_probe
 from learner.publisher import Publisher
 from learner.train_step import TrainStep
+from learner.turn import Always, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class Trainer:
     """Startup is `run_learner`'s; this is the main loop, the same code on every rank.
 
     start_step: steps taken before this run began. model: id of the model, for the checkpoint. save_s: how long training
-    has stood still for checkpoints since the last report. probe: as `LearnerRun`.
+    has stood still for checkpoints since the last report. probe: as `LearnerRun`. turn: on the device, which is taken
+    when `run` is called; `feed` gives it while there is no batch.
     """
 
     config: LearnerConfig
@@ -54,6 +56,7 @@ class Trainer:
     first_rank: FirstRank | None
     save_s: float = 0.0
     probe: tuple[tuple[int, ...], ...] = ()
+    turn: Turn = field(default_factory=Always)
 
     def run(self) -> None:
         """Raises: RunStoppedError; RuntimeError."""
@@ -64,6 +67,7 @@ class Trainer:
             if self._checkpoint_due(step + 1):
                 self._save(step + 1)
         self.publisher.wait()
+        self.turn.give()
         self.saver.wait()
 
     def serve_until_stopped(self, timeout_s: float) -> None:
@@ -75,12 +79,13 @@ class Trainer:
         asked = time.perf_counter()
         groups = self.feed.groups(step)
         waited_s = time.perf_counter() - asked
+        self.turn.take()
         # Not before the batch is here: by then the broker has written down the step before. A learner that came back
         # after a step of which the broker knows nothing would wait for ever.
         self._copy(step)
         self.saver.check()
         got = time.perf_counter()
-        metrics = self.train_step(groups, step)
+        metrics = self.train_step(groups, step) | self.turn.metrics()
         trained = time.perf_counter()
         self.publisher.wait()
         metrics |= self.publisher.metrics()

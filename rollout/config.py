@@ -127,6 +127,9 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         There is no top-p or top-k: they would bias the importance ratio between the sampled and the trained
         distribution.
     gpu_memory_fraction: share of a GPU that vLLM may take. kv_cache_gib: KV cache of a CPU engine.
+    off_turn: what an engine does in the learner's turns, with `placement=colocated` on `cuda`: `sleep`, with weights in
+        host memory and without a KV cache, which is computed anew for requests in flight; or only `pause`, where device
+        memory has room for both sides. On a CPU it pauses.
     enforce_eager: skip vLLM's graph capture and compilation (faster start, slower steps).
     reasoning: budgets within `max_tokens`, which must have room for thinking, its end and the solution.
     gate: how far engine and learner may differ about a version that is to be served.
@@ -145,6 +148,7 @@ class RolloutConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     context_tokens: PositiveInt = 2048
     max_tokens: PositiveInt = 1024
     temperature: PositiveFloat = 1.0
+    off_turn: Literal["sleep", "pause"] = "sleep"
     gpu_memory_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.5
     kv_cache_gib: PositiveInt = 1
     enforce_eager: bool = True

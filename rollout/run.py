@@ -12,11 +12,13 @@ from typing import Any
 
 from databus.client import BusClient
 from databus.messages import Heartbeat, Stop
+from databus.turns import EngineTurn
 from rewards.config import RewardConfig
 from rewards.pool import RewardPool
 from rollout.config import DraftConfig, RolloutConfig
 from rollout.engine.base import Engine
 from rollout.engine.factory import make_engine
+from rollout.engine.turns import TurnEngine
 from rollout.environments.pool import EnvironmentPool
 from rollout.environments.turn_tokens import load_turn_tokens
 from rollout.episodes import Episodes
@@ -44,7 +46,8 @@ class RunFailedError(Exception):
 class WorkerRun:
     """model: folder or hub id; the initial policy, version 0. reward_dir: what a reward's path is relative to.
 
-    pull: fetches a version from where it was announced. max_staleness: of the run.
+    pull: fetches a version from where it was announced. max_staleness: of the run. turns: folder of the flags by which
+    engines and learner take turns on one device, and the name of this worker's; None: the engine has one of its own.
     """
 
     model: str
@@ -54,6 +57,7 @@ class WorkerRun:
     draft: DraftConfig = field(default_factory=DraftConfig)
     pull: Pull = pull_snapshot
     max_staleness: int = 0
+    turns: tuple[Path, str] | None = None
 
 
 async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun, make_client: MakeClient) -> None:
@@ -63,7 +67,7 @@ async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun
     Raises: ValueError for what a user wrote; RunFailedError where the run failed elsewhere; else what broke: BusError,
         EngineDead, PullError, UpdateFailed, WorkerRefusedError.
     """
-    engine = make_engine(config, run.model, run.seed, version=0, draft=run.draft)
+    engine = _engine(config, run)
     pool = RewardPool(reward, run.reward_dir, initializer=prepare_scoring)
     environments = make_environments(config, reward, run.reward_dir)
     with interrupts() as on_signal:
@@ -89,6 +93,14 @@ async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun
         raise RunFailedError(stop.reason)
 
 
+def _engine(config: RolloutConfig, run: WorkerRun) -> Engine:
+    if run.turns is None:
+        return make_engine(config, run.model, run.seed, version=0, draft=run.draft)
+    turns, name = run.turns
+    engine = make_engine(config, run.model, run.seed, version=0, draft=run.draft, turns=turns)
+    return TurnEngine(engine, EngineTurn(turns, name), config.start_timeout_s)
+
+
 async def _serve(
     client: BusClient,
     work: LeaseWork,
@@ -107,6 +119,7 @@ async def _serve(
             ahead=config.ahead,
             pull=MergingPull(run.pull, run.model, config.dtype),
             drain_s=config.drain_s,
+            beside=[work.engine.take_turns] if isinstance(work.engine, TurnEngine) else [],
             update=config.update,
             max_staleness=run.max_staleness,
         )

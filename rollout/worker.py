@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Coroutine, Sequence, Set
 from typing import NamedTuple, Protocol
 
 from msgspec import Struct
@@ -87,10 +87,11 @@ class Worker:
         drain_s: float = DRAIN_S,
         update: UpdateConfig = UpdateConfig(),  # noqa: B008
         max_staleness: int = 0,
+        beside: Sequence[Callable[[], Coroutine[None, None, None]]] = (),
     ) -> None:
         """Args: ahead: groups to hold beyond those that `max_sequences` has room for, as a share of these.
         drain_s: how long a worker that leaves goes on with what it has begun. update, max_staleness: how long a new
-        version may be put off.
+        version may be put off. beside: what has to run as long as the worker does, and ends it where it fails.
         """
         self._bus = bus
         self._capacity = credit_groups(max_sequences, group_size, ahead)
@@ -109,6 +110,7 @@ class Worker:
         self._version = work.engine.version
         self._durations = Durations()
         self._drain_s = drain_s
+        self._beside = beside
         self._leaving = ""
         self._told_to_leave = asyncio.Event()
         self._end: asyncio.Future[Stop] | None = None
@@ -120,7 +122,8 @@ class Worker:
         """
         self._end = asyncio.get_running_loop().create_future()
         self._grant()
-        work = (self._listen(), self._versions.run(), self._resend(), self._leave_when_told())
+        own = (self._listen(), self._versions.run(), self._resend(), self._leave_when_told())
+        work = (*own, *(start() for start in self._beside))
         loops = [asyncio.ensure_future(each) for each in work]
         try:
             return await self._first_end(loops)

@@ -17,6 +17,8 @@ def placed_elsewhere(config: RunConfig, host: str) -> RunConfig:
         raise ValueError(f"bus.address={config.bus.address} is of this machine: with --on use auto or tcp://HOST:PORT")
     if config.learner.memory_copy_every > 0:
         raise ValueError("learner.memory_copy_every needs a learner on this machine: set it to 0 with --on")
+    if config.placement == "colocated":
+        raise ValueError("placement is colocated, for one machine: set it to separate with --on, or start it there")
     if config.bus.address == "auto":
         address = f"tcp://{bracketed(host)}:*"
         config = msgspec.structs.replace(config, bus=msgspec.structs.replace(config.bus, address=address))

@@ -24,5 +24,5 @@ def worker_defaults(config: RunConfig) -> dict[str, str]:
 
 
 def ranks_defaults(config: RunConfig) -> dict[str, str]:
-    """One thread on a CPU: the engine has cores of its own."""
+    """One thread on a CPU: the engine has cores of its own. In turns two were slower than one (decision 031)."""
     return {"OMP_NUM_THREADS": "1"} if config.learner.device == "cpu" else {}

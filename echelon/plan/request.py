@@ -64,6 +64,8 @@ def parse_assumed(words: Sequence[str]) -> dict[str, int | float]:
 
 def make_basis(config: RunConfig, run_dir: str | None, assumed: dict[str, int | float]) -> Basis:
     """Raises: ValueError, in one line, for a run that cannot be fitted to."""
+    if config.placement == "colocated":
+        raise ValueError("placement is colocated: a plan is of learner and workers on devices of their own")
     costs = msgspec.structs.replace(stated_costs(config), **assumed)
     if run_dir is None:
         stated = (*ENGINE, *ROLES, *ALWAYS_STATED, *WORKLOAD)

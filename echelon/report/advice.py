@@ -70,6 +70,11 @@ class Figures:
     def setting(self, name: str, default: Any) -> Any:
         return self.settings.get(name, default)
 
+    @property
+    def takes_turns(self) -> bool:
+        """One side waits while the other works: that is how it is meant."""
+        return self.setting("placement", "separate") == "colocated"
+
     def total(self, name: str) -> float:
         """A ledger's total, as of the last row."""
         return float(self.rows[-1].get(f"ledger/{name}_groups") or 0.0)
@@ -104,7 +109,7 @@ def wait_share(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 def learner_waits(figures: Figures) -> Advice | None:
     share = wait_share(figures.steady)
-    if share is None or share < WAIT_SHARE:
+    if share is None or share < WAIT_SHARE or figures.takes_turns:
         return None
     staleness, workers = figures.setting("max_staleness", "?"), figures.setting("rollout.workers", "?")
     more = f"a worker more (rollout.workers, now {workers})"
@@ -118,7 +123,7 @@ def learner_waits(figures: Figures) -> Advice | None:
 def workers_wait(figures: Figures) -> Advice | None:
     """Only where the learner does not wait: at a small bound the two take turns, which another rule speaks of."""
     share, batch = wait_share(figures.steady), figures.setting("batch_groups", 0)
-    if share is None or share >= AHEAD_WAIT_SHARE:
+    if share is None or share >= AHEAD_WAIT_SHARE or figures.takes_turns:
         return None
     if figures.worker_idle is not None and figures.worker_idle >= WORKER_IDLE_SHARE:
         said = f"Workers wait {figures.worker_idle:.0%} of their time for the learner"

@@ -57,6 +57,7 @@ def learn(folder: RunFolder, memory_dir: Path | None, host: str = "") -> None:
         probe=probe_texts(folder.train_prompts, config.rollout),
         weights=config.weights,
         weights_dir=weights_dir(config.weights, folder, memory_dir),
+        turns=folder.turns_of(config),
     )
     try:
         run_learner(config.learner, run, lambda version: connect(folder, version))

@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Membership:
-    """A run that a worker can join. reward_dir: what the reward's path is relative to. spare: as `Hello.spare`."""
+    """A run that a worker can join. reward_dir: what the reward's path is relative to. spare: as `Hello.spare`.
+
+    turns: folder of the flags where learner and engines take turns on a device; None where they do not."""
 
     config: RunConfig
     bus: BusRecord
     reward_dir: Path
     spare: bool = False
+    turns: Path | None = None
 
 
 def work(run: Membership, name: str) -> None:
@@ -47,6 +50,7 @@ def work(run: Membership, name: str) -> None:
         draft=config.draft,
         pull=pull_through(bus),
         max_staleness=config.max_staleness,
+        turns=None if run.turns is None else (run.turns, name),
     )
 
     def make_client(version: int, heartbeat: Callable[[], Heartbeat]) -> BusClient:
@@ -107,7 +111,8 @@ def main() -> int:
             check_has_all_of(config, folder.path)
         import_engine(config.rollout.engine)
         bus = folder.wait_for_bus(config.rollout.start_timeout_s)
-        work(Membership(config=config, bus=bus, reward_dir=folder.path, spare=args.spare), args.name)
+        turns = folder.turns_of(config)
+        work(Membership(config=config, bus=bus, reward_dir=folder.path, spare=args.spare, turns=turns), args.name)
 
     return role_main(args.name, folder.error_file(args.name), body, consequences)
 

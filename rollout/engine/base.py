@@ -170,6 +170,17 @@ class Engine(Protocol):
         """
         ...
 
+    async def sleep(self) -> None:
+        """Compute nothing from here on, and let go of what device memory can be had, until `wake`.
+
+        Requests are taken still, and go on when it wakes. No `update` may be under way. Raises: EngineDead.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Raises: EngineDead."""
+        ...
+
     def stats(self) -> EngineStats: ...
 
     async def close(self) -> None:

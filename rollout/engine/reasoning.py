@@ -59,6 +59,12 @@ class ReasoningEngine:
     async def update(self, snapshot: Snapshot) -> UpdateReport:
         return await self._engine.update(snapshot)
 
+    async def sleep(self) -> None:
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        await self._engine.wake()
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 

@@ -56,6 +56,7 @@ class SmallEngine:
         self._groups: list[tuple[RunningGroup, Future[list[Completion]]]] = []
         self._waiting: list[tuple[RunningGroup, Future[list[Completion]]]] = []
         self._draining = False
+        self._asleep = False
         self._generated = 0
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="small-engine", daemon=True)
@@ -94,6 +95,17 @@ class SmallEngine:
         future: Future[UpdateReport] = Future()
         return await self._ask(lambda: self._apply(snapshot, future), future)
 
+    async def sleep(self) -> None:
+        """Its memory stays where it is."""
+        await self._set_asleep(True)
+
+    async def wake(self) -> None:
+        await self._set_asleep(False)
+
+    async def _set_asleep(self, asleep: bool) -> None:
+        future: Future[None] = Future()
+        await self._ask(lambda: self._fall_asleep(asleep, future), future)
+
     def stats(self) -> EngineStats:
         running = sum(group.request.group_size for group, _ in [*self._groups, *self._waiting])
         return EngineStats(running_sequences=running, generated_tokens=self._generated)
@@ -120,8 +132,10 @@ class SmallEngine:
         torch.set_num_threads(1)
         try:
             while not self._closing:
-                self._run_commands(wait=not self._groups)
+                self._run_commands(wait=self._asleep or not self._groups)
                 for entry in list(self._groups):
+                    if self._asleep:
+                        break
                     self._step(*entry)
                     self._run_commands(wait=False)
         finally:
@@ -151,6 +165,10 @@ class SmallEngine:
 
     def _begin(self, group: RunningGroup, future: "Future[list[Completion]]") -> None:
         (self._waiting if self._draining else self._groups).append((group, future))
+
+    def _fall_asleep(self, asleep: bool, future: "Future[None]") -> None:
+        self._asleep = asleep
+        _settle(future, None)
 
     def _stop_beginning(self, future: "Future[None]") -> None:
         self._draining = True

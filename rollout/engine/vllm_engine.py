@@ -14,6 +14,7 @@ import multiprocessing
 import time
 from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -39,7 +40,13 @@ from rollout.engine.door import Door
 from rollout.engine.end_tokens import end_token_ids
 from rollout.engine.expected import ExpectedTensors
 from rollout.engine.vllm_gate import PROBE_SAMPLING, VllmGate
-from rollout.engine.vllm_setup import check_installed, engine_arguments, set_environment, tied_engine_cores
+from rollout.engine.vllm_setup import (
+    check_installed,
+    engine_arguments,
+    leaves_memory,
+    set_environment,
+    tied_engine_cores,
+)
 from rollout.engine.vllm_update import VllmUpdate
 
 logger = logging.getLogger(__name__)
@@ -65,8 +72,12 @@ class VllmEngine:
         seed: int,
         version: int,
         draft: DraftConfig = DraftConfig(),  # noqa: B008
+        turns: Path | None = None,
     ) -> None:
+        """Args: turns: folder of the flags by which its own processes say that they have the device; None where it has
+        one of its own, and `sleep` is not called."""
         self._config = config
+        self._turns = turns
         self._draft = draft
         self._draft_page: CounterPage | None = None
         self._model = model
@@ -110,6 +121,7 @@ class VllmEngine:
         await self._call(self._llm.update_weight_version(str(self._version)))
         if self._draft.policy != "off":
             await self.start_drafting()
+        await self._say_turn(True)
         self._door.open()
 
     async def start_drafting(self, drafter: str = DRAFTER) -> None:
@@ -159,6 +171,31 @@ class VllmEngine:
         return await self._update.apply(
             snapshot, self._version, begin_anew=self._without_token, recompute=kv != "keep", switched=switched
         )
+
+    async def sleep(self) -> None:
+        """On the CPU, where vLLM cannot sleep, it only pauses. Asleep it has weights in host memory and no KV cache:
+        requests in flight keep their tokens, and have their cache computed anew."""
+        if self._leaves_memory:
+            await self._call(self._llm.sleep(level=1, mode="keep"))
+        else:
+            await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
+        await self._say_turn(False)
+
+    async def wake(self) -> None:
+        await self._say_turn(True)
+        if not self._leaves_memory:
+            await self._call(self._llm.resume_generation())
+        elif not await self._call(self._llm.wake_up()):
+            raise EngineDead("vLLM did not wake up whole")
+
+    @property
+    def _leaves_memory(self) -> bool:
+        return leaves_memory(self._config, self._turns is not None)
+
+    async def _say_turn(self, mine: bool) -> None:
+        """vLLM's processes have the device, and may outlive this one for a moment: they have flags of their own."""
+        if self._turns is not None:
+            await self._call(self._llm.collective_rpc("echelon_turn", args=(str(self._turns), mine)))
 
     def stats(self) -> EngineStats:
         drafting = self._draft_page.read() if self._draft_page else {}
@@ -222,7 +259,7 @@ class VllmEngine:
         self._update = VllmUpdate(self._llm, expected, gate, self._call)
 
     def _arguments(self) -> Any:
-        return engine_arguments(self._config, self._model, self._seed, self._draft)
+        return engine_arguments(self._config, self._model, self._seed, self._draft, self._turns is not None)
 
     def _cache_salt(self) -> str:
         """Keeps the prefix cache of these weights apart from that of all others, whatever their version is called."""

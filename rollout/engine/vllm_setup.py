@@ -54,8 +54,15 @@ def check_installed(device: str) -> None:
         )
 
 
-def engine_arguments(config: RolloutConfig, model: str, seed: int, draft: DraftConfig) -> Any:
-    """vLLM's `AsyncEngineArgs`."""
+def leaves_memory(config: RolloutConfig, takes_turns: bool) -> bool:
+    """Does the engine leave the device's memory to the learner in its turns? vLLM cannot on the CPU."""
+    return takes_turns and config.device == "cuda" and config.off_turn == "sleep"
+
+
+def engine_arguments(
+    config: RolloutConfig, model: str, seed: int, draft: DraftConfig, takes_turns: bool = False
+) -> Any:
+    """vLLM's `AsyncEngineArgs`. Args: takes_turns: with a learner on its device."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     own_scheduler = config.gate.is_on or config.update.kv != "keep"
@@ -68,6 +75,7 @@ def engine_arguments(config: RolloutConfig, model: str, seed: int, draft: DraftC
         scheduler_cls=PROBING_SCHEDULER if own_scheduler else None,
         enforce_eager=config.enforce_eager,
         gpu_memory_utilization=config.gpu_memory_fraction,
+        enable_sleep_mode=leaves_memory(config, takes_turns),
         logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
         skip_tokenizer_init=True,  # token ids in, token ids out
         enable_prefix_caching=True,

@@ -4,12 +4,14 @@ import mmap
 import multiprocessing
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from vllm.v1.engine.core import EngineCoreProc
 
 from databus.process import die_with_parent, spawned_die_with_parent
+from databus.turns import Flag
 from rollout.drafting.proposer import DraftSetup, Proposer
 from rollout.engine.applying import Applied, Apply
 from rollout.engine.tensors import Source, first_mismatch
@@ -17,6 +19,7 @@ from rollout.engine.vllm_loading import WeightLoading
 from rollout.engine.vllm_sampler import mend_sampler, sample_plainly_without_drafts
 
 ROLLED_BACK = "rolled back"
+FLAG_S = 10.0
 
 _run_engine_core = EngineCoreProc.run_engine_core
 
@@ -111,6 +114,16 @@ class SnapshotLoader:
             if isinstance(drafter, Proposer):
                 drafter.set_version(source[0].version)
         del self._echelon_loaded
+
+    def echelon_turn(self, turns: str, mine: bool) -> None:
+        """Raise or lower this process's own flag, beside the rollout worker's; nobody else has one of its name."""
+        flag = getattr(self, "_echelon_flag", None)
+        if flag is None:
+            self._echelon_flag = flag = Flag(Path(turns), "engines", f"vllm-{os.getpid()}", recorded=False)
+        if mine:
+            flag.hoist(FLAG_S)
+        else:
+            flag.lower()
 
     def echelon_read_back(self) -> list[tuple[str, int, int]]:
         """(tensor, xxh3-64 of it as it is served, elements read) of the version served; none before the first.

@@ -37,6 +37,10 @@ def test_defaults_are_consistent() -> None:
         (["rollout.max_sequences=4"], ["group_size", "rollout.max_sequences"]),
         (["eval.every=5"], ["eval.every", "data.eval"]),
         (["learner.betas=0.9,1.0"], ["learner.betas"]),
+        (
+            ["placement=colocated", "learner.device=cuda"],
+            ["placement", "learner.device is cuda", "rollout.device cpu", "separate"],
+        ),
         (["learner.keep_best=1", "learner.checkpoint_every=5"], ["learner.keep_best", "eval.every=0"]),
         (
             ["learner.keep_best=1", "learner.checkpoint_every=10", "eval.every=11", "data.eval=org/data"],

@@ -93,6 +93,16 @@ def test_what_is_certain_comes_first() -> None:
     assert diagnose([process("broker")], None, 60.0) == "the broker has not answered for 60 s"
 
 
+def test_who_has_a_shared_device_is_named_and_nobody_who_waits_for_it() -> None:
+    asleep = worker("w", leased_groups=1, running_sequences=8)
+    seen = status(asleep, training_s=61.0)
+    assert diagnose([process("worker-0")], seen, 0.2, "the learner has the device") == (
+        "the learner has the device; it has had the batch of step 5 for 61 s"
+    )
+    wanted = "the learner wants the device, and w did not give it up"
+    assert diagnose([process("worker-0")], seen, 0.2, wanted).startswith(wanted)
+
+
 def ending(run: Any) -> tuple[str, str]:
     """(the one line that the run ends with, the report)."""
     code, _, stderr = run.finish()

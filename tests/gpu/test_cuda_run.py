@@ -37,14 +37,27 @@ def recipe():
 
 
 @pytest.mark.parametrize(
-    ("engine", "dtype", "kl"), [("small", "float32", 1e-4), ("vllm", "float32", 1e-4), ("vllm", "bfloat16", 5e-3)]
+    ("engine", "dtype", "kl", "placement"),
+    [
+        ("small", "float32", 1e-4, "separate"),
+        ("vllm", "float32", 1e-4, "separate"),
+        ("vllm", "bfloat16", 5e-3, "separate"),
+        ("small", "float32", 1e-4, "colocated"),
+        ("vllm", "float32", 1e-4, "colocated"),
+        ("vllm", "bfloat16", 5e-3, "colocated"),
+    ],
 )
-def test_run_on_cuda(tiny_model: Path, tmp_path: Path, engine: str, dtype: str, kl: float) -> None:
+def test_run_on_cuda(tiny_model: Path, tmp_path: Path, engine: str, dtype: str, kl: float, placement: str) -> None:
     train = tmp_path / "train.jsonl"
     train.write_text("".join(json.dumps({"prompt": f"{a}+{b}="}) + "\n" for a in range(9) for b in range(9)))
     recipe = tmp_path / "cuda_recipe.py"
     recipe.write_text(RECIPE.format(model=str(tiny_model), train=str(train)))
-    settings = [f"rollout.engine={engine}", f"rollout.dtype={dtype}", f"learner.dtype={dtype}"]
+    settings = [
+        f"rollout.engine={engine}",
+        f"rollout.dtype={dtype}",
+        f"learner.dtype={dtype}",
+        f"placement={placement}",
+    ]
     command = [sys.executable, "-m", "echelon", "run", str(recipe), "--run-dir", str(tmp_path / "run"), *settings]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert (result.returncode, result.stderr) == (0, ""), result.stdout

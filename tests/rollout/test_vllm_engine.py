@@ -113,6 +113,35 @@ def test_context_bounds_the_completion(served: Served) -> None:
         served.run(served.engine.generate(request("full", prompt=prompt[:1] * 400)))
 
 
+def test_asleep_it_computes_nothing_and_goes_on_afterwards(served: Served, reference: Callable) -> None:
+    """On the CPU it pauses; what it has in flight, and what comes meanwhile, is as if it had not."""
+
+    async def scenario() -> list[list[Completion]]:
+        group = asyncio.ensure_future(served.engine.generate(request("asleep", tokens=300)))
+        await asyncio.sleep(0.2)
+        await served.engine.sleep()
+        late = asyncio.ensure_future(served.engine.generate(request("late", tokens=20)))
+        await asyncio.sleep(1.5)  # for a second vLLM 0.32.0's worker looks out for the next step without a pause
+        seconds = cpu_seconds()
+        await asyncio.sleep(1.5)
+        assert cpu_seconds() - seconds < 0.3, "the engine's processes are at work"
+        assert not group.done() and not late.done()
+        await served.engine.wake()
+        return [await group, await late]
+
+    for completions in served.run(scenario()):
+        for completion in completions:
+            expected = reference(served.weights, PROMPT, completion, 1.0)
+            np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE)
+            assert (completion.versions == served.engine.version).all()
+
+
+def cpu_seconds() -> float:
+    """Of vLLM's processes."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return sum(each.user + each.system for each in times)
+
+
 def test_the_longest_predicted_is_begun_first(served: Served) -> None:
     ended: list[str] = []
 

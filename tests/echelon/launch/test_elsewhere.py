@@ -41,6 +41,7 @@ def test_an_address_of_ones_own_stays() -> None:
             {"learner": LearnerConfig(memory_copy_every=1)},
             r"learner\.memory_copy_every needs a learner on this",
         ),
+        ({"placement": "colocated"}, "placement is colocated, for one machine: set it to separate with --on"),
     ],
 )
 def test_what_one_machine_alone_can_have_is_refused(changes: dict[str, Any], says: str) -> None:

@@ -72,6 +72,7 @@ def test_a_run_that_would_end_is_an_answer_too(recipe: Path, capsys: pytest.Capt
         (("/no/such/run",), "no such run folder: /no/such/run"),
         (("--from", "/no/such/run"), "no such run folder: /no/such/run"),
         (("here", "there"), "'here' and 'there': a plan is fitted to one run, and settings are section.key=value"),
+        (("placement=colocated",), "placement is colocated: a plan is of learner and workers on devices of their own"),
         (("rollout.wrkers=2",), "unknown setting 'rollout.wrkers'"),
         (("assume.step=2",), "unknown setting 'assume.step' (assume has: step_s, "),
         (("assume.step_s=0",), "assume.step_s=0: expected a number above 0"),

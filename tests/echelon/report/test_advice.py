@@ -142,6 +142,11 @@ def test_dynamic_sampling_needs_no_hint_to_dynamic_sampling() -> None:
     assert advise(figures(sets(advantage__zero_groups_fraction=0.9), settings=dropping)) == []
 
 
+@pytest.mark.parametrize("change", [sets(learner__wait_s=1.0), ahead])
+def test_sides_that_take_turns_wait_for_each_other(change: Callable[[dict[str, Any]], object]) -> None:
+    assert advise(figures(change)) and advise(figures(change, settings={"placement": "colocated"})) == []
+
+
 def test_two_workers_cannot_be_told_apart() -> None:
     assert advise(figures(rates={"a": 100.0, "b": 10.0})) == []
 
