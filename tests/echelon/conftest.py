@@ -124,7 +124,7 @@ class Run:
         return self._running("echelon.roles.learner")
 
     def _running(self, module: str, *more: str) -> list[psutil.Process]:
-        words = {process: process.cmdline() for process in self.look()}
+        words = {process: _words(process) for process in self.look()}
         return [
             process
             for process, said in words.items()
@@ -156,7 +156,7 @@ class Run:
             time.monotonic() < deadline
         ):
             time.sleep(0.1)
-        return [" ".join(process.cmdline()) for process in left]
+        return [" ".join(_words(process)) for process in left]
 
     def logs(self) -> str:
         files = sorted((self.folder / "logs").glob("*")) if self.folder.exists() else []
@@ -170,6 +170,14 @@ class Run:
         for process in self._family.values():
             if _alive(process):
                 os.kill(process.pid, signal.SIGKILL)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """Its command line; empty where it has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # a zombie, too
+        return []
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,13 @@ def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
 
 
 def scoring_processes(parent: int) -> list[psutil.Process]:
-    children = psutil.Process(parent).children(recursive=True)
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process(parent).children(recursive=True) if is_scoring(child)]
+
+
+def is_scoring(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+        return "spawn_main" in " ".join(process.cmdline())
+    return False
 
 
 @pytest.mark.parametrize(
