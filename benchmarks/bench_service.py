@@ -215,7 +215,7 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], lis
         ("drafting off", "off", ()),
         ("drafting on", "logarithmic", ("--speculative-config", json.dumps(NGRAM))),
     ):
-        if args.repeats == 0:
+        if args.repeats == 0 or (draft != "off" and args.no_drafting):
             continue
         with ExitStack() as stack:
             ours = echelon(args.model, args.port, folder, draft)
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=ROOT / ".cache/chain_sum/model")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of rounds; 0: the soak alone")
+    parser.add_argument("--no-drafting", action="store_true", help="leave out the rounds with drafting")
     parser.add_argument("--requests", type=int, default=256, help="of a round")
     parser.add_argument("--tokens", type=int, default=128, help="of a completion")
     parser.add_argument("--concurrency", type=int, default=64)
