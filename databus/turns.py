@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from databus.locks import is_locked
+
 Side = Literal["learner", "engines"]
 RECORD = "record.jsonl"
 POLL_S = 0.005
@@ -146,21 +148,9 @@ class EngineTurn:
 
 
 def who_has(turns: Path, side: Side) -> list[str]:
-    """Whose flags are up on that side, by name. Looking takes a shared lock for a moment, so that those who look do not
-    get in one another's way."""
+    """Whose flags are up on that side, by name."""
     folder = turns / side
-    return [name for name in sorted(os.listdir(folder)) if _is_up(folder / name)] if folder.is_dir() else []
-
-
-def _is_up(path: Path) -> bool:
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
-    return False
+    return [name for name in sorted(os.listdir(folder)) if is_locked(folder / name)] if folder.is_dir() else []
 
 
 def explain(turns: Path) -> str:

@@ -18,6 +18,7 @@ import msgspec
 
 from databus.config import BusConfig
 from databus.keys import ClientKeys, KeyHolder, ServerKeys, client_keys, new_keys, server_keys
+from databus.locks import is_locked
 from databus.messages import Role
 from databus.turns import RECORD as TURNS_RECORD
 from echelon.config import RunConfig
@@ -154,18 +155,8 @@ class RunFolder:
             os.close(descriptor)
 
     def is_in_use(self) -> bool:
-        """Does a process hold the folder? Tells by a lock of its own, shared, that it lets go of at once."""
-        try:
-            descriptor = os.open(self.lock_file, os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        """Does a process hold the folder?"""
+        return is_locked(self.lock_file)
 
     def claim(self, recipe: Recipe, resume: bool) -> RunRecord:
         """Make this the folder of a run of `recipe`, or go on with the run that it holds; call it under the lock.

@@ -75,8 +75,9 @@ class _Held:
 class _Spare:
     """A copy of what is held, made ahead in a thread: the next delta is put into it at once.
 
-    A pull that has to copy first holds two versions at its end as well: what is taken up at the most is the same. That
-    memory is taken, given back and mapped takes longer than what is done with it, and so is done here, too.
+    Two versions are held from one pull to the next, where without it there were two at a pull's end alone; and a third
+    while an engine still has the one before. That memory is taken, given back and mapped takes longer than what is
+    done with it, and so is done here, too.
     """
 
     def __init__(self, held: _Held, before: _Held | None) -> None:

@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 import torch
 from architectures import CONFIGS, write_model
+from scenarios import run, same
 from transformers import AutoModelForCausalLM
 
 from databus.messages import Probe, Sampling
@@ -40,17 +41,6 @@ def request(
 ) -> GenerateRequest:
     sampling = Sampling(max_tokens=tokens, temperature=temperature)
     return GenerateRequest(group_id=group_id, prompt_ids=PROMPT, group_size=size, sampling=sampling, cursor=cursor)
-
-
-def run(scenario: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(scenario, 60))
-
-
-def same(left: list[Completion], right: list[Completion]) -> bool:
-    return all(
-        np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.logprobs, b.logprobs)
-        for a, b in zip(left, right, strict=True)
-    )
 
 
 def test_results_depend_neither_on_concurrency_nor_on_the_lease(tiny_model: Path) -> None:

@@ -3,10 +3,9 @@
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from scenarios import run, same
 
 from databus.messages import Sampling
 from databus.turns import EngineTurn, LearnerTurn, who_has
@@ -21,17 +20,6 @@ CONFIG = RolloutConfig(engine="small", context_tokens=400)
 def request(tokens: int = 200) -> GenerateRequest:
     sampling = Sampling(max_tokens=tokens, temperature=1.0)
     return GenerateRequest(group_id="a", prompt_ids=(6, 13, 8, 14), group_size=8, sampling=sampling)
-
-
-def run(scenario: Any) -> Any:
-    return asyncio.run(asyncio.wait_for(scenario, 60))
-
-
-def same(left: list[Completion], right: list[Completion]) -> bool:
-    return all(
-        np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.logprobs, b.logprobs)
-        for a, b in zip(left, right, strict=True)
-    )
 
 
 def make(model: Path, turns: Path, start_timeout_s: float = 20.0) -> TurnEngine:
