@@ -2,7 +2,7 @@
 
     python benchmarks/bench_service.py --json benchmarks/results/bench_service.json [--soak-s 600]
 
-Both serve the same model, in the same run, one after the other, again and again; the load is vLLM's own
+Both serve the same model, in the same run, in turns, each alone on the machine; the load is vLLM's own
 (`vllm bench serve`: random prompts, all at once up to --concurrency, every completion as long as it may be). Tokens a
 second, without drafting; with it, ours beside vLLM's n-gram drafting. The soak: the same load on `echelon serve`
 while another model's weights are loaded every five seconds, and groups are asked for whose versions are checked.
@@ -22,7 +22,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +115,30 @@ def load(server: Server, model: Path, folder: Path, args: argparse.Namespace) ->
     return json.loads((folder / file).read_text())
 
 
-def compare(ours: Server, theirs: Server, model: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of both; each pair of rounds gives a ratio, whatever else the machine does."""
-    speeds: dict[str, list[float]] = {"echelon": [], "vllm": []}
-    for server in (ours, theirs):
-        load(server, model, folder, args)  # warm
+def compare(
+    starts: dict[str, Callable[[], Server]], model: Path, folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Tokens a second of both servers, each alone on the machine: what waits takes part of two cores, too.
+
+    One is started, warmed, measured for some rounds and stopped, then the other; each such pair gives a ratio of
+    medians, whatever else the machine does over the minutes.
+    """
+    speeds: dict[str, list[list[float]]] = {name: [] for name in starts}
     for turn in range(args.repeats):
-        pair = [("echelon", ours), ("vllm", theirs)]
-        for name, server in pair if turn % 2 == 0 else pair[::-1]:
-            speeds[name].append(load(server, model, folder, args)["output_throughput"])
-    ratios = [mine / other for mine, other in zip(speeds["echelon"], speeds["vllm"], strict=True)]
+        for name in starts if turn % 2 == 0 else reversed(starts):
+            server = starts[name]()
+            try:
+                load(server, model, folder, args)  # warm
+                rounds = [load(server, model, folder, args)["output_throughput"] for _ in range(args.rounds)]
+            finally:
+                server.stop()
+            speeds[name].append(rounds)
+            print(f"{name}: {', '.join(f'{speed:,.0f}' for speed in rounds)} tokens/s", flush=True)
+    medians = {name: [statistics.median(rounds) for rounds in each] for name, each in speeds.items()}
+    ratios = [mine / other for mine, other in zip(medians["echelon"], medians["vllm"], strict=True)]
     return {
         "tokens_per_s": speeds,
-        "median_tokens_per_s": {name: statistics.median(each) for name, each in speeds.items()},
+        "median_tokens_per_s": {name: statistics.median(each) for name, each in medians.items()},
         "ratios": ratios,
         "ratio": statistics.median(ratios),
     }
@@ -217,12 +229,11 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], lis
     ):
         if args.repeats == 0 or (draft != "off" and args.no_drafting):
             continue
-        with ExitStack() as stack:
-            ours = echelon(args.model, args.port, folder, draft)
-            stack.callback(ours.stop)
-            theirs = vllm(args.model, args.port + 1, folder, *more)
-            stack.callback(theirs.stop)
-            figures[name] = compare(ours, theirs, args.model, folder, args)
+        starts = {
+            "echelon": partial(echelon, args.model, args.port, folder, draft),
+            "vllm": partial(vllm, args.model, args.port + 1, folder, *more),
+        }
+        figures[name] = compare(starts, args.model, folder, args)
     if "drafting off" in figures:
         overhead = 1 / figures["drafting off"]["ratio"] - 1
         bars.append(Bar("overhead over vllm serve, drafting off", overhead, OVERHEAD_BOUND, "at most"))
@@ -239,7 +250,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=ROOT / ".cache/chain_sum/model")
-    parser.add_argument("--repeats", type=int, default=7, help="pairs of rounds; 0: the soak alone")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of servers; 0: the soak alone")
+    parser.add_argument("--rounds", type=int, default=3, help="of load, on each server")
     parser.add_argument("--no-drafting", action="store_true", help="leave out the rounds with drafting")
     parser.add_argument("--requests", type=int, default=256, help="of a round")
     parser.add_argument("--tokens", type=int, default=128, help="of a completion")

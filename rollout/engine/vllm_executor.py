@@ -1,4 +1,5 @@
-"""One call a step from vLLM's engine core to its worker, where vLLM makes two, and three with drafts.
+"""One call a step from vLLM's engine core to its worker, where vLLM makes two, and three with drafts; and neither
+keeps a core busy while it waits for the other.
 
 On the CPU the two are processes, and each call waits for the other to wake up: a few per cent of a step of a small
 model. Written against vLLM 0.32.0, which takes an executor's name (`distributed_executor_backend`).
@@ -10,8 +11,11 @@ from typing import Any
 import vllm.envs
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
+from rollout.engine.vllm_waiting import wait_in_naps
+
 STEP = "echelon_step"
-"""The worker's method, of `rollout.engine.vllm_worker.SnapshotLoader`."""
+WAIT_IN_NAPS = "echelon_wait_in_naps"
+"""Methods of the worker's, of `rollout.engine.vllm_worker.SnapshotLoader`."""
 
 
 class OneCallExecutor(MultiprocExecutor):
@@ -19,6 +23,11 @@ class OneCallExecutor(MultiprocExecutor):
 
     _drafts: Any = None
     _drafts_wait = False
+
+    def _init_executor(self) -> None:
+        super()._init_executor()
+        wait_in_naps()
+        self.collective_rpc(WAIT_IN_NAPS)
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """Sampling included, unless a grammar is to be applied between the two."""

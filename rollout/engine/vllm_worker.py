@@ -17,6 +17,7 @@ from rollout.engine.applying import Applied, Apply
 from rollout.engine.tensors import Source, first_mismatch
 from rollout.engine.vllm_loading import WeightLoading
 from rollout.engine.vllm_sampler import mend_sampler, sample_plainly_without_drafts
+from rollout.engine.vllm_waiting import wait_in_naps
 
 ROLLED_BACK = "rolled back"
 FLAG_S = 10.0
@@ -47,6 +48,9 @@ class SnapshotLoader:
 
     def echelon_die_with_parent(self) -> None:
         die_with_parent()
+
+    def echelon_wait_in_naps(self) -> None:
+        wait_in_naps()
 
     def echelon_mend_sampler(self) -> bool:
         """Before anything is drafted, by whatever method. Returns and raises: as `mend_sampler`."""
