@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from msgspec import Struct
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from databus.codec import decode_header
 from databus.helper import Channel, one_line
@@ -54,14 +55,14 @@ _decoder = msgspec.msgpack.Decoder(Send)
 
 def serve(channel: Channel, map_memory: Callable[[DeviceMemory], Tensor]) -> None:
     """Until the learner closes its end. Raises: whatever stopped a transfer."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
     channel.send(Listening(port=store.port))
     known: tuple[DeviceMemory, Tensor] | None = None
     while order := channel.receive():
         send = decode_header(order, _decoder)
         if known is None or known[0] != send.memory:
             known = send.memory, map_memory(send.memory)
-        meeting = dist.PrefixStore(send.name, store)
+        meeting = PrefixStore(send.name, store)
         if _has_come(meeting, send.join_s):
             _broadcast(meeting, known[1], send.send_s)
             channel.send(Sent())
@@ -69,7 +70,7 @@ def serve(channel: Channel, map_memory: Callable[[DeviceMemory], Tensor]) -> Non
             channel.send(SendFailed(error=f"the worker did not come within {send.join_s:g} s"))
 
 
-def _has_come(meeting: dist.Store, within_s: float) -> bool:
+def _has_come(meeting: Store, within_s: float) -> bool:
     try:
         meeting.wait([JOINED], timedelta(seconds=within_s))
     except RuntimeError:  # torch's DistStoreError
@@ -77,7 +78,7 @@ def _has_come(meeting: dist.Store, within_s: float) -> bool:
     return True
 
 
-def _broadcast(meeting: dist.Store, buffer: Tensor, timeout_s: float) -> None:
+def _broadcast(meeting: Store, buffer: Tensor, timeout_s: float) -> None:
     on_gpu = buffer.is_cuda
     if on_gpu:
         torch.cuda.set_device(buffer.device)

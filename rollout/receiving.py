@@ -13,6 +13,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from databus.codec import decode_header
 from databus.helper import Channel, one_line
@@ -66,8 +67,8 @@ class Landing:
         self._buffer.copy_(theirs)
 
     def _receive(self, offer: CollectiveOffer, host: str, timeout: timedelta) -> None:
-        store = dist.TCPStore(host.strip("[]"), offer.port, is_master=False, timeout=timeout)
-        meeting = dist.PrefixStore(offer.name, store)
+        store = TCPStore(host.strip("[]"), offer.port, is_master=False, timeout=timeout)
+        meeting = PrefixStore(offer.name, store)
         meeting.set(JOINED, "1")
         on_gpu = self._buffer.is_cuda
         dist.init_process_group(

@@ -227,7 +227,7 @@ def on_device(snapshot: Snapshot, wrong_by: int = 0) -> Snapshot:
         handle=f"/proc/{os.getpid()}/fd/{descriptor}".encode(),
         offset_bytes=0,
         counter=b"",
-        counter_offset=0,
+        counter_offset=snapshot.version,  # a descriptor's number comes again
         event=b"",
         has_event=False,
     )
