@@ -9,6 +9,8 @@ from msgspec import Struct
 
 COLLECTIVE_BYTES = 1 << 28
 """That both ends move in one collective."""
+SLOWEST_BYTES_S = 1 << 30
+"""A transfer that is slower for long is given up: the bus is as fast."""
 JOINED = "joined"
 """Set in the store, below a group's name, by the worker that has come."""
 COLLECTIVES = {"cuda": "nccl", "cpu": "gloo"}

@@ -14,7 +14,7 @@ import msgspec
 
 from databus.codec import decode_header
 from databus.helper import Helper, HelperError
-from databus.transfers import SCHEMES, CollectiveOffer, NoTransfer, Offer
+from databus.transfers import SCHEMES, SLOWEST_BYTES_S, CollectiveOffer, NoTransfer, Offer
 from learner.sending import Listening, Send, SendFailed, Sent
 from learner.snapshot import Snapshot
 from learner.staged_version import StagedVersion
@@ -33,7 +33,8 @@ _decoder: "msgspec.msgpack.Decoder[Listening | Sent | SendFailed]" = msgspec.msg
 
 @dataclass(frozen=True)
 class SendLimits:
-    """start_s: until a sender listens. join_s: until the worker has come. send_s: then, until all is sent."""
+    """start_s: until a sender listens. join_s: until the worker has come. send_s: then, until all is sent, beside what its
+    bytes take."""
 
     start_s: float = 120.0
     join_s: float = 15.0
@@ -73,13 +74,13 @@ class CollectiveTransfers:
             return NoTransfer(version=version, reason="the learner's sender is busy", is_busy=True)
         self._count += 1
         name = f"{self._helper.pid}-{self._count}"
-        limits = self._limits
+        join_s, send_s = self._limits.join_s, self._limits.send_s + memory.num_bytes / SLOWEST_BYTES_S
         try:
-            self._helper.send(Send(memory=memory, name=name, join_s=limits.join_s, send_s=limits.send_s))
+            self._helper.send(Send(memory=memory, name=name, join_s=join_s, send_s=send_s))
         except HelperError as error:
             self._failed(str(error))
             return NoTransfer(version=version, reason="the learner's sender has ended", is_busy=True)
-        self._deadline = time.monotonic() + limits.join_s + limits.send_s
+        self._deadline = time.monotonic() + join_s + send_s
         return CollectiveOffer(version=version, port=self._port, name=name)
 
     def tick(self) -> None:

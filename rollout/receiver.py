@@ -11,7 +11,7 @@ import msgspec
 
 from databus.codec import MalformedMessage, decode_header
 from databus.helper import Helper, HelperError
-from databus.transfers import MappedOffer, Offer
+from databus.transfers import SLOWEST_BYTES_S, MappedOffer, Offer
 from rollout.fetches import DeviceCopy, Fetch, Fetched, FetchFailed, Ready
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class TransferError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class FetchLimits:
-    """start_s: until a receiver is up. fetch_s: for a version. busy_s: that the learner may be busy with others.
+    """start_s: until a receiver is up. fetch_s: for a version, beside what its bytes take. busy_s: that the learner may be busy with others.
     retry_s: until it is asked again."""
 
     start_s: float = 60.0
@@ -89,12 +89,13 @@ class Receiver:
 
         Raises: TransferError.
         """
+        within_s = self.limits.fetch_s + num_bytes / SLOWEST_BYTES_S
         order = Fetch(
             offer=offer,
             host=host,
             path=f"/proc/{os.getpid()}/fd/{fd}",
             num_bytes=num_bytes,
-            timeout_s=self.limits.fetch_s,
+            timeout_s=within_s,
         )
         self.start(stop, offer.visible if isinstance(offer, MappedOffer) else "")
         assert self._helper is not None
@@ -102,7 +103,7 @@ class Receiver:
             self._helper.send(order)
         except HelperError as error:
             raise self._failed(str(error)) from None
-        answer = self._answer(self.limits.fetch_s, stop)
+        answer = self._answer(within_s, stop)
         if not isinstance(answer, Fetched):
             raise self._failed("the receiver said something else")
         return answer.copy
