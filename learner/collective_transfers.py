@@ -33,8 +33,8 @@ _decoder: "msgspec.msgpack.Decoder[Listening | Sent | SendFailed]" = msgspec.msg
 
 @dataclass(frozen=True)
 class SendLimits:
-    """start_s: until a sender listens. join_s: until the worker has come. send_s: then, until all is sent, beside what its
-    bytes take."""
+    """start_s: until a sender listens. join_s: until the worker has come. send_s: then, until all is sent; beside what
+    its bytes take."""
 
     start_s: float = 120.0
     join_s: float = 15.0
