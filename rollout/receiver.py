@@ -31,8 +31,8 @@ class TransferError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class FetchLimits:
-    """start_s: until a receiver is up. fetch_s: for a version, beside what its bytes take. busy_s: that the learner may be
-    busy with others. retry_s: until it is asked again."""
+    """start_s: until a receiver is up. fetch_s: for a version, beside what its bytes take. busy_s: that the learner may
+    be busy with others. retry_s: until it is asked again."""
 
     start_s: float = 60.0
     fetch_s: float = 60.0
