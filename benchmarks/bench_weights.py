@@ -4,8 +4,8 @@
 
 Models of several sizes take real AdamW steps, on random tokens, at several learning rates. After each step their
 weights are published, pulled and checked by every way in turn: deltas and whole versions over the learner's socket
-(ipc, and through a link of 1 Gbit/s), whole ones in shared memory; beside safetensors through a file, and pickled
-tensors over ZeroMQ.
+(ipc, and through a link of 1 Gbit/s), whole ones in shared memory; with CUDA from GPU to GPU, too, mapped on one and by
+NCCL where there are two; beside safetensors through a file, and pickled tensors over ZeroMQ.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from learner.outlet import make_outlet
 from learner.publisher import DeltaPublisher
 from learner.run import process_group
 from learner.snapshot import Snapshotter
+from rollout.receiver import VISIBLE, Receiver
 from rollout.weights_in import Puller
 
 LINK_GBIT_S = 1.0
@@ -64,15 +65,16 @@ def build(millions: float) -> nn.Module:
 class Training:
     """fp32 masters, AdamW, a small batch of random tokens a step."""
 
-    def __init__(self, millions: float) -> None:
-        self.model = build(millions)
+    def __init__(self, millions: float, device: str) -> None:
+        self.model = build(millions).to(device)
+        self.device = device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0, foreach=True)
 
     def step(self, lr: float) -> float:
         """Returns: seconds."""
         began = time.perf_counter()
         self.optimizer.param_groups[0]["lr"] = lr
-        ids = torch.randint(0, 512, (1, 64))
+        ids = torch.randint(0, 512, (1, 64), device=self.device)
         self.model(input_ids=ids, labels=ids).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
@@ -107,6 +109,7 @@ class Way:
             "pull_s": pulled - published,
             "end_to_end_s": pulled - began,
             "made_ahead_s": settled - pulled,
+            "from_gpu": float(snapshot.device_copy is not None),
             "bytes": snapshot.received_bytes or 0,
         }.items():
             self.figures[name].append(value)
@@ -114,7 +117,7 @@ class Way:
 
 @contextmanager
 def way(model: nn.Module, config: WeightsConfig, bus_address: str, gbit_s: float = 0.0) -> Iterator[Way]:
-    """Args: gbit_s: of the link between the two; 0: none."""
+    """Args: gbit_s: of the link between the two; 0: none. By NCCL the worker has the second GPU."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
         outlet = make_outlet(config, bus_address, keep=2, keys=None, folder=folder)
@@ -122,7 +125,7 @@ def way(model: nn.Module, config: WeightsConfig, bus_address: str, gbit_s: float
         said: list[VersionPublished] = []
         publisher = DeltaPublisher(Snapshotter(model, "bfloat16", 0), config, outlet, said.append, timeout_s=600.0)
         stack.callback(publisher.close)
-        puller = Puller()
+        puller = Puller(receiver=Receiver(environment={VISIBLE: "1"} if config.backend == "nccl" else None))
         stack.callback(puller.close)
         if gbit_s:
             link = stack.enter_context(paced_link(outlet.address, gbit_s))
@@ -137,7 +140,16 @@ WAYS: dict[str, tuple[WeightsConfig, str, float]] = {
     "dense, shm": (WeightsConfig(backend="shm"), "ipc:///unused", 0.0),
     "delta, 1 Gbit/s": (WeightsConfig(encoding="delta", full_every=1000), "tcp://127.0.0.1:0", LINK_GBIT_S),
     "dense, 1 Gbit/s": (WeightsConfig(encoding="dense"), "tcp://127.0.0.1:0", LINK_GBIT_S),
+    "GPU to GPU, mapped": (WeightsConfig(backend="ipc"), "ipc:///unused", 0.0),
+    "GPU to GPU, NCCL": (WeightsConfig(backend="nccl"), "ipc:///unused", 0.0),
 }
+
+
+def possible_ways() -> list[str]:
+    """On this machine."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    needed = {"ipc": 1, "nccl": 2}
+    return [name for name, (config, *_) in WAYS.items() if gpus >= needed.get(config.backend, 0)]
 
 
 def serving(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -172,8 +184,8 @@ def pickled(model: nn.Module) -> float:
 PEERS = {"safetensors through a file": through_a_file, "pickled tensors, ZeroMQ ipc": pickled}
 
 
-def measure(millions: float, rates: list[float], repeats: int, chosen: list[str]) -> dict[str, Any]:
-    training = Training(millions)
+def measure(millions: float, rates: list[float], repeats: int, chosen: list[str], device: str) -> dict[str, Any]:
+    training = Training(millions, device)
     results: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in training.model.parameters())}
     with ExitStack() as stack:
         ways = {name: stack.enter_context(way(training.model, *WAYS[name])) for name in chosen}
@@ -238,14 +250,15 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[1, 10, 100], help="million parameters")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-6, 3e-6, 1e-5])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=possible_ways())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that is trained on")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/bench_weights.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     with process_group("cpu", timeout_s=600.0):
         for size in args.sizes:
-            figures[f"{size:g} M"] = measure(size, args.rates, args.repeats, args.ways)
+            figures[f"{size:g} M"] = measure(size, args.rates, args.repeats, args.ways, args.device)
             for rate in args.rates:
                 report(f"{size:g} M", rate, figures[f"{size:g} M"])
     write_result(
@@ -263,7 +276,7 @@ def report(size: str, rate: float, results: dict[str, Any]) -> None:
     of = results[f"lr {rate:g}"]
     print(f"{size}, {results['parameters']:,} parameters, lr {rate:g}:")
     for name, figures in of["ways"].items():
-        parts = ", ".join(f"{what[:-2]} {figures[what]['median']:.3f}" for what in figures if what != "bytes")
+        parts = ", ".join(f"{what[:-2]} {figures[what]['median']:.3f}" for what in figures if what.endswith("_s"))
         print(f"  {name}: {figures['bytes']['median'] / 1e6:.2f} MB; seconds: {parts}")
     for name, values in of["peers"].items():
         print(f"  {name}: {values['median']:.3f} s")

@@ -10,6 +10,8 @@ import socket
 import tempfile
 from pathlib import Path
 
+from databus.transfers import split_scheme
+
 MAX_IPC_PATH_BYTES = 100  # the kernel's limit is 108, ending included
 MAX_PORT = 65535
 TCP = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9][\w.-]*|\[[0-9A-Fa-f:.]+\]):(?P<port>\d+|\*)")
@@ -50,11 +52,12 @@ def resolve_address(address: str, folder: Path, encrypted: bool = False) -> str:
 
 def reachable(address: str, broker: str = "") -> str:
     """An address to connect to: one on every interface is reached where `broker` is, or else on this machine."""
-    tcp, through = TCP.fullmatch(address), TCP.fullmatch(broker)
+    scheme, plain = split_scheme(address)
+    tcp, through = TCP.fullmatch(plain), TCP.fullmatch(broker)
     if tcp is None or tcp["host"] not in EVERY_INTERFACE:
         return address
     host = EVERY_INTERFACE[tcp["host"]] if through is None else through["host"]
-    return f"tcp://{host}:{tcp['port']}"
+    return f"{scheme}tcp://{host}:{tcp['port']}"
 
 
 def address_towards(host: str) -> str:

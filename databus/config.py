@@ -54,16 +54,17 @@ class WeightsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """How policy versions get from the learner to the workers; see docs/guide/weights.md.
 
     backend: `bus`: over the learner's own socket; `file`: through a folder that all machines share; `shm`: through
-        shared memory, where all are on one machine.
+        shared memory, where all are on one machine; from GPU to GPU, and over the socket where that fails: `nccl`:
+        of any machines; `ipc`: of one machine.
     encoding: `delta`: as what differs from the version before, where that is less than half of the whole; `dense`:
-        whole; `auto`: dense through shared memory, deltas elsewhere.
+        whole; `auto`: deltas over the bus and in files, dense elsewhere.
     full_every: with deltas, versions from a whole one that is kept to the next: a worker that joins takes it, and the
         deltas since.
     folder: of `file`; "": the run's own.
     zstd_level: of deltas; higher ones are smaller, and take the learner's machine longer.
     """
 
-    backend: Literal["bus", "file", "shm"] = "bus"
+    backend: Literal["bus", "file", "shm", "nccl", "ipc"] = "bus"
     encoding: Literal["auto", "delta", "dense"] = "auto"
     full_every: PositiveInt = 8
     folder: str = ""
@@ -71,7 +72,11 @@ class WeightsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def has_deltas(self) -> bool:
-        return self.encoding == "delta" or (self.encoding == "auto" and self.backend != "shm")
+        return self.encoding == "delta" or (self.encoding == "auto" and self.backend in ("bus", "file"))
+
+    @property
+    def between_gpus(self) -> bool:
+        return self.backend in ("nccl", "ipc")
 
 
 class HistoryConfig(Struct, frozen=True, kw_only=True):

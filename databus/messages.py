@@ -1,4 +1,5 @@
-"""Every message of the bus, grouped by receiver; each says who sends it to whom.
+"""Every message of the bus, grouped by receiver; each says who sends it to whom. Those about weights that move between
+GPUs are in `databus.transfers`.
 
 A message is one msgpack header (a tagged struct of this module) followed by raw little-endian
 column frames (see `databus.codec`). Nothing that arrives is ever unpickled or evaluated. New
@@ -8,6 +9,8 @@ fields go last, with defaults, so that an older peer can still decode.
 from typing import Literal
 
 from msgspec import Struct
+
+from databus.transfers import CollectiveOffer, MappedOffer, NoTransfer, TransferRequest
 
 PROTOCOL = 1
 
@@ -547,5 +550,5 @@ ToWorker = ToAnyPeer | OneToWorker | Several
 ToLearner = ToAnyPeer | BatchFrames | Batch | Position
 ToObserver = ToAnyPeer | Status | Rows
 
-ToWeightServer = ManifestRequest | ChunkRequest
-FromWeightServer = Manifest | Chunk | VersionGone
+ToWeightServer = ManifestRequest | ChunkRequest | TransferRequest
+FromWeightServer = Manifest | Chunk | VersionGone | MappedOffer | CollectiveOffer | NoTransfer

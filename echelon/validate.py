@@ -132,10 +132,31 @@ def _check_weights(config: RunConfig) -> None:
         raise ValueError(
             f"weights.backend is shm, for one machine, but bus.address={address} serves others: set it to bus or file"
         )
+    if config.weights.between_gpus:
+        _check_between_gpus(config)
     if folder and backend != "file":
         raise ValueError(f"weights.folder is {folder}, but only weights.backend=file uses one: it is {backend}")
     if folder and not Path(folder).is_dir():
         raise ValueError(f"weights.folder is {folder}: no such folder; it must be the same one on every machine")
+
+
+def _check_between_gpus(config: RunConfig) -> None:
+    backend, address = config.weights.backend, config.bus.address
+    for setting, device in (("learner.device", config.learner.device), ("rollout.device", config.rollout.device)):
+        if device != "cuda":
+            raise ValueError(
+                f"weights.backend is {backend}, from GPU to GPU, but {setting} is {device}: set it to cuda, or "
+                "weights.backend to bus or shm"
+            )
+    if config.placement == "colocated":
+        raise ValueError(
+            f"weights.backend is {backend}, which keeps versions on GPUs, but with placement=colocated learner and "
+            "engine leave the GPU to each other: set weights.backend to shm or bus"
+        )
+    if backend == "ipc" and address.startswith("tcp://"):
+        raise ValueError(
+            f"weights.backend is ipc, for one machine, but bus.address={address} serves others: set it to nccl or bus"
+        )
 
 
 def _check_scheduling(config: RunConfig) -> None:

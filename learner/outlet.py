@@ -1,4 +1,4 @@
-"""Where a learner puts its versions for the workers to fetch: over the bus, in files, or in shared memory."""
+"""Where a learner puts its versions for the workers to fetch: over the bus, in files, in memory, or on its GPU."""
 
 from pathlib import Path
 from typing import Protocol
@@ -29,13 +29,18 @@ def make_outlet(
     """Args: keep: newest versions that can be had. keys: of a socket; None for plain text. folder: of files, which this
     run has for itself.
 
-    Raises: zmq.ZMQError or OSError where that cannot be.
+    Raises: zmq.ZMQError, OSError or RuntimeError where that cannot be.
     """
     match config.backend:
         case "bus":
             from learner.weights_out import WeightServer
 
             return WeightServer(bus_address, keep, keys)
+        case "nccl" | "ipc":
+            from learner.transfers import make_transfers
+            from learner.weights_out import WeightServer
+
+            return WeightServer(bus_address, keep, keys, make_transfers(config.backend))
         case "file":
             from learner.files_out import FilesOut
 

@@ -13,9 +13,11 @@ from databus.codec import Frame, MalformedMessage, decode_header, encode_header
 from databus.curve import Doorkeeper
 from databus.keys import ServerKeys
 from databus.messages import Chunk, ChunkRequest, FromWeightServer, ManifestRequest, ToWeightServer, VersionGone
+from databus.transfers import NoTransfer, TransferRequest
 from databus.transport import make_socket
 from learner.kept_versions import KeptVersions
 from learner.snapshot import Snapshot
+from learner.transfers import Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +34,20 @@ class WeightServer:
     Requests that make no sense are ignored and counted, as are answers that a peer does not take.
     """
 
-    def __init__(self, bus_address: str, keep: int, keys: ServerKeys | None = None) -> None:
+    def __init__(
+        self, bus_address: str, keep: int, keys: ServerKeys | None = None, transfers: Transfers | None = None
+    ) -> None:
         """Bind beside the bus: on the same host where the bus is on TCP, otherwise on ipc in a private folder.
 
-        Args: keep: versions kept, at least 1. keys: None for plain text.
+        Args: keep: versions kept, at least 1. keys: None for plain text. transfers: another way for whole versions,
+            which is closed with this; None: there is none.
         Raises: zmq.ZMQError if nothing can be bound.
         """
         self.keeps_data = True
         self.malformed_requests = 0
         self.undelivered_answers = 0
         self._versions = KeptVersions(keep)
+        self._transfers = transfers
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._folder: Path | None = None
@@ -51,12 +57,14 @@ class WeightServer:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD_ANSWERS)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.address = self._bind(bus_address)
+        self.address = ("" if transfers is None else transfers.scheme) + self._bind(bus_address)
         self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
         self._thread.start()
 
     def publish(self, snapshot: Snapshot) -> None:
         """Serve one more version from now on; the oldest beyond `keep` is forgotten."""
+        if self._transfers is not None:
+            self._transfers.stage(snapshot)
         with self._lock:
             self._versions.add(snapshot)
 
@@ -66,6 +74,8 @@ class WeightServer:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.warning("the weight server did not stop within %.0f s", timeout_s)
+        if self._transfers is not None:
+            self._transfers.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -85,6 +95,8 @@ class WeightServer:
             while not self._stop.is_set():
                 if self._socket.poll(POLL_MS):
                     self._answer(self._socket.recv_multipart())
+                if self._transfers is not None:
+                    self._transfers.tick()
         finally:
             # Sockets belong to one thread: this one closes it, and waits for no peer (LINGER 0).
             self._socket.close(linger=0)
@@ -105,6 +117,8 @@ class WeightServer:
         self._send(peer, *self._reply(request))
 
     def _reply(self, request: ToWeightServer) -> tuple[FromWeightServer | None, Frame | None]:
+        if isinstance(request, TransferRequest):
+            return self._offer(request.version), None
         with self._lock:
             newest = self._versions.newest
             manifest = self._versions.manifest(request.version)
@@ -116,6 +130,11 @@ class WeightServer:
                 data = snapshot.delta_chunk(index) if delta else snapshot.chunk(index)
                 return (None, None) if data is None else (_chunk(request), data)
         return VersionGone(version=request.version, newest=NONE_KEPT if newest is None else newest), None
+
+    def _offer(self, version: int) -> FromWeightServer:
+        if self._transfers is None:
+            return NoTransfer(version=version, reason="the learner has no other way than the bus")
+        return self._transfers.offer(version)
 
     def _send(self, peer: bytes, reply: FromWeightServer | None, data: Frame | None) -> None:
         if reply is None:

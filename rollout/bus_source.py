@@ -17,6 +17,7 @@ from databus.address import check_address
 from databus.codec import Frame, MalformedMessage, decode_header, encode_header
 from databus.keys import ClientKeys
 from databus.messages import Chunk, ChunkRequest, Delta, FromWeightServer, Manifest, ManifestRequest, VersionGone
+from databus.transfers import CollectiveOffer, MappedOffer, NoTransfer, Offer, TransferRequest
 from databus.transport import is_ipv6, make_socket
 from rollout.weight_source import PullError, PullLimits, VersionGoneError
 
@@ -52,6 +53,7 @@ class BusSource:
     stop: threading.Event
     limits: PullLimits
     received_bytes: int = 0
+    device_copy: None = None
     _version: int = -1
     _heard: float = field(default_factory=time.monotonic)
 
@@ -66,6 +68,18 @@ class BusSource:
                 case (Manifest(version=manifest_version) as manifest, []) if manifest_version == version:
                     return manifest
 
+    def offer(self, version: int) -> Offer | NoTransfer:
+        """How the whole of a version can be had without the bus."""
+        self._version = version
+        asked = 0.0
+        while True:
+            if time.monotonic() - asked > self.limits.resend_s:
+                self._send(TransferRequest(version=version))
+                asked = time.monotonic()
+            match self._receive():
+                case (MappedOffer() | CollectiveOffer() | NoTransfer() as answer, []) if answer.version == version:
+                    return answer
+
     def whole(self, manifest: Manifest) -> int:
         fd = os.memfd_create(f"weights-{manifest.version}", os.MFD_CLOEXEC)
         try:
@@ -79,6 +93,9 @@ class BusSource:
 
     def is_private(self) -> bool:
         return True
+
+    def fall_back(self) -> bool:
+        return False
 
     def chunks(self, delta: Delta) -> Iterator[Frame]:
         left = delta.num_bytes
@@ -127,7 +144,7 @@ class BusSource:
         self._send(ChunkRequest(version=version, index=index, delta=delta))
         return time.monotonic()
 
-    def _send(self, request: ManifestRequest | ChunkRequest) -> None:
+    def _send(self, request: ManifestRequest | ChunkRequest | TransferRequest) -> None:
         """Where nobody takes it, as where the key was refused, the silence that follows ends the pull."""
         with contextlib.suppress(zmq.Again):
             self.socket.send(encode_header(request), zmq.DONTWAIT)

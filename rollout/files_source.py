@@ -33,6 +33,7 @@ class FilesSource:
 
     def __init__(self, folder: Path, stop: threading.Event) -> None:
         self.received_bytes = 0
+        self.device_copy = None
         self._folder = folder
         self._stop = stop
 
@@ -61,6 +62,9 @@ class FilesSource:
 
     def is_private(self) -> bool:
         return True
+
+    def fall_back(self) -> bool:
+        return False
 
     def chunks(self, delta: Delta) -> Iterator[Frame]:
         with self._opened(delta.version, "delta") as descriptor:

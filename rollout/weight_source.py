@@ -1,4 +1,4 @@
-"""Where a worker fetches versions from: the bus, files, or shared memory, by the address that was announced.
+"""Where a worker fetches versions from: the bus, files, memory, or a GPU, by the address that was announced.
 
 PullError
 ├── VersionGoneError   the learner keeps that version no longer; a newer one will be announced
@@ -14,6 +14,9 @@ from typing import Protocol
 from databus.codec import Frame
 from databus.keys import ClientKeys
 from databus.messages import Delta, Manifest
+from databus.transfers import split_scheme
+from rollout.fetches import DeviceCopy
+from rollout.receiver import Receiver
 
 
 class PullError(Exception):
@@ -37,9 +40,16 @@ class PullLimits:
 
 
 class WeightSource(Protocol):
-    """For one pull. All raise PullError and what lies below it, MalformedMessage for what makes no sense."""
+    """For one pull. All raise PullError and what lies below it, MalformedMessage for what makes no sense.
 
-    received_bytes: int
+    device_copy: of what `whole` gave last; None where it came without one.
+    """
+
+    @property
+    def received_bytes(self) -> int: ...
+
+    @property
+    def device_copy(self) -> DeviceCopy | None: ...
 
     def manifest(self, version: int) -> Manifest: ...
 
@@ -55,12 +65,16 @@ class WeightSource(Protocol):
         """All of them, in any order."""
         ...
 
+    def fall_back(self) -> bool:
+        """What `whole` gave is not what was published: is there another way, by which it will give it next?"""
+        ...
+
 
 def open_source(
-    address: str, stop: threading.Event, limits: PullLimits, keys: ClientKeys | None
+    address: str, stop: threading.Event, limits: PullLimits, keys: ClientKeys | None, receiver: Receiver
 ) -> AbstractContextManager[WeightSource]:
     """Args: address: as the learner's outlet has it. stop: once set, waiting ends within a moment. keys: of a socket;
-    None for plain text.
+    None for plain text. receiver: used where the learner offers versions on its GPU.
 
     Raises: ValueError for an address that may not be used.
     """
@@ -72,6 +86,10 @@ def open_source(
         from rollout.memory_source import memory_source
 
         return memory_source(address, stop)
+    if split_scheme(address)[0]:
+        from rollout.device_source import device_source
+
+        return device_source(address, stop, limits, keys, receiver)
     from rollout.bus_source import bus_source
 
     return bus_source(address, stop, limits, keys)

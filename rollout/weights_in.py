@@ -5,7 +5,7 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from databus.messages import Delta, Manifest
 from databus.version_hash import changed_tensors, same_layout, version_hash
 from rollout.engine.base import Snapshot
 from rollout.engine.tensors import first_mismatch
+from rollout.receiver import Receiver
 from rollout.weight_source import DamagedError, PullLimits, VersionGoneError, WeightSource, open_source
 
 logger = logging.getLogger(__name__)
@@ -123,10 +124,13 @@ class Puller:
     reason, is followed by the whole version.
     """
 
-    def __init__(self, limits: PullLimits | None = None, keys: ClientKeys | None = None) -> None:
-        """Args: keys: None for plain text."""
+    def __init__(
+        self, limits: PullLimits | None = None, keys: ClientKeys | None = None, receiver: Receiver | None = None
+    ) -> None:
+        """Args: keys: None for plain text. receiver: of versions from GPU to GPU."""
         self._limits = limits or PullLimits()
         self._keys = keys
+        self._receiver = receiver or Receiver()
         self._held: _Held | None = None
         self._spare: _Spare | None = None
         self._lock = threading.Lock()
@@ -154,6 +158,7 @@ class Puller:
         """Forget what is held. Harmless when called again."""
         with self._lock:
             self._drop()
+            self._receiver.close()
 
     def _drop(self) -> None:
         self._drop_spare()
@@ -167,16 +172,24 @@ class Puller:
         self._spare = None
 
     def _pull(self, address: str, version: int, num_bytes: int, stop: threading.Event) -> Snapshot:
-        with open_source(address, stop, self._limits, self._keys) as source:
+        with open_source(address, stop, self._limits, self._keys, self._receiver) as source:
             manifest = source.manifest(version)
             _check(manifest, num_bytes)
             buffer = self._fetch_from_held(source, manifest)
             by_delta = buffer is not None
             if buffer is None:
                 buffer = _fetch_whole(source, manifest)
-            received_bytes = source.received_bytes
+            received_bytes, device_copy = source.received_bytes, source.device_copy
+        if device_copy is not None:
+            self._receiver.matched(True)
         before, self._held = self._held, _Held(manifest, buffer)
-        snapshot = Snapshot(version=version, manifest=manifest, fd=os.dup(buffer.fd), received_bytes=received_bytes)
+        snapshot = Snapshot(
+            version=version,
+            manifest=manifest,
+            fd=os.dup(buffer.fd),
+            received_bytes=received_bytes,
+            device_copy=device_copy,
+        )
         if by_delta:  # and so, most likely, is the next one
             self._spare = _Spare(self._held, before)
         elif before is not None:
@@ -207,18 +220,21 @@ class Puller:
 
 
 def _with_base(snapshot: Snapshot, base: Manifest) -> Snapshot:
-    return Snapshot(
-        version=snapshot.version,
-        manifest=snapshot.manifest,
-        fd=snapshot.fd,
-        base_version=base.version,
-        changed=changed_tensors(base, snapshot.manifest),
-        received_bytes=snapshot.received_bytes,
-    )
+    return replace(snapshot, base_version=base.version, changed=changed_tensors(base, snapshot.manifest))
 
 
 def _fetch_whole(source: WeightSource, manifest: Manifest) -> _Buffer:
     """The version, checked. Raises: PullError, MalformedMessage."""
+    while True:
+        try:
+            return _fetch_whole_once(source, manifest)
+        except DamagedError as error:
+            if not source.fall_back():
+                raise
+            logger.warning("%s: the learner may have put the next one there; over the bus", error)
+
+
+def _fetch_whole_once(source: WeightSource, manifest: Manifest) -> _Buffer:
     deltas = [delta for delta in manifest.deltas if 0 <= manifest.whole_version <= delta.base_version]
     fd = source.whole(manifest) if source.is_private() or not deltas else _copied_whole(source, manifest)
     access = READ_WRITE if deltas else mmap.PROT_READ

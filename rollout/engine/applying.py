@@ -3,16 +3,19 @@
 from msgspec import Struct
 
 from databus.messages import Manifest
+from rollout.fetches import DeviceCopy
 
 
 class Apply(Struct, frozen=True, kw_only=True):
     """path: of the snapshot's buffer, a memfd under /proc. changed: tensors that differ from the version served,
-    which is `base_version`; None, as `base_version` is then: not known, any may."""
+    which is `base_version`; None, as `base_version` is then: not known, any may. device_copy: the same buffer in the
+    GPU's memory; None: there is none."""
 
     manifest: Manifest
     path: str
     base_version: int | None = None
     changed: tuple[str, ...] | None = None
+    device_copy: DeviceCopy | None = None
 
 
 class Applied(Struct, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ import numpy as np
 from databus.codec import Array
 from databus.messages import Manifest, Mismatch, Sampling
 from rollout.config import GateConfig
+from rollout.fetches import DeviceCopy
 
 
 class EngineError(Exception):
@@ -98,7 +99,8 @@ class Snapshot:
 
     Whoever pulled it closes it, once the engine has taken it over. changed: names of the tensors whose bits differ from
     those of `base_version`; None, as `base_version` is then: not known, any may. received_bytes: what had to be fetched
-    for it; None: all of it.
+    for it; None: all of it. device_copy: the same buffer in the memory of the worker's GPU, until the next pull; None:
+    there is none.
     """
 
     version: int
@@ -107,6 +109,7 @@ class Snapshot:
     base_version: int | None = None
     changed: frozenset[str] | None = None
     received_bytes: int | None = None
+    device_copy: DeviceCopy | None = None
 
     def map(self) -> mmap.mmap:
         """The buffer, read-only."""

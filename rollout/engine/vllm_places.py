@@ -66,16 +66,17 @@ class Places:
 
 
 class Addresses:
-    """Which tensor of the snapshot lies at an address."""
+    """Which tensor of the snapshot lies at an address. All of them lie on one device."""
 
     def __init__(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self._device = weights[0][1].device if weights else torch.device("cpu")
         spans = sorted((tensor.data_ptr(), tensor.nbytes, name) for name, tensor in weights if tensor.numel())
         self._starts = [start for start, *_ in spans]
         self._spans = spans
 
     def find(self, tensor: Any) -> tuple[str, int] | None:
         """(name, bytes from its begin); None for what lies elsewhere."""
-        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu" or not tensor.numel():
+        if not isinstance(tensor, torch.Tensor) or tensor.device != self._device or not tensor.numel():
             return None
         address = tensor.data_ptr()
         index = bisect.bisect_right(self._starts, address) - 1

@@ -99,6 +99,7 @@ class VllmUpdate:
             path=f"/proc/{os.getpid()}/fd/{snapshot.fd}",
             base_version=served if knows else None,
             changed=tuple(sorted(snapshot.changed or ())) if knows else None,
+            device_copy=snapshot.device_copy,
         )
         call = self._llm.collective_rpc("echelon_apply_snapshot", args=(msgspec.msgpack.encode(order),))
         applied = [msgspec.msgpack.decode(answer, type=Applied) for answer in await self._call(call)]

@@ -14,7 +14,8 @@ from databus.process import die_with_parent, spawned_die_with_parent
 from databus.turns import Flag
 from rollout.drafting.proposer import DraftSetup, Proposer
 from rollout.engine.applying import Applied, Apply
-from rollout.engine.tensors import Source, first_mismatch
+from rollout.engine.on_device import OnDevice
+from rollout.engine.tensors import HostSource, Source, first_mismatch
 from rollout.engine.vllm_loading import WeightLoading
 from rollout.engine.vllm_sampler import mend_sampler, sample_plainly_without_drafts
 from rollout.engine.vllm_waiting import wait_in_naps
@@ -83,14 +84,14 @@ class SnapshotLoader:
         order = msgspec.msgpack.decode(encoded, type=Apply)
         changed = self._echelon_changed(order)
         try:
-            source = order.manifest, _map(order.path, order.manifest.num_bytes)
+            source: HostSource = order.manifest, _map(order.path, order.manifest.num_bytes)
             wrong = first_mismatch(*source, names=changed)
         except OSError as error:
             return _refused(f"snapshot cannot be read: {error}")
         if wrong:
             return _refused(f"tensor {wrong!r} does not match its checksum")
         try:
-            loaded, read_bytes = self._echelon_load(source, changed)
+            loaded, read_bytes = self._echelon_load(self._echelon_on_device.of(order) or source, changed)
         except Exception as error:
             self._echelon_loading.put_back()
             self._echelon_load(getattr(self, "_echelon_served", None))
@@ -144,6 +145,13 @@ class SnapshotLoader:
             self._echelon_weight_loading = loading = WeightLoading(self.model_runner)
         return loading
 
+    @property
+    def _echelon_on_device(self) -> OnDevice:
+        on_device = getattr(self, "_echelon_device_copies", None)
+        if on_device is None:
+            self._echelon_device_copies = on_device = OnDevice()
+        return on_device
+
     def _echelon_changed(self, order: Apply) -> set[str] | None:
         """What must be loaded; None: all. A checksum that differs counts, whatever the order says."""
         served = getattr(self, "_echelon_served", None)
@@ -155,7 +163,7 @@ class SnapshotLoader:
     def _echelon_load(self, source: Source | None, changed: set[str] | None = None) -> tuple[set[str] | None, int]:
         """Load, and read back what can be. Args: source: None: what lies on disk, which is served before any other.
 
-        CPU weights are packed, so a snapshot is kept as it came for as long as it is served: it is the way back.
+        CPU weights are packed, so a snapshot is kept in host memory for as long as it is served: it is the way back.
         Returns: the tensors loaded, None: all; bytes read back.
         """
         loaded = self._echelon_loading.load(source, changed)

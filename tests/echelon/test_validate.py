@@ -9,6 +9,7 @@ from echelon.overrides import apply_overrides
 from echelon.validate import check_machine, validate
 
 CONFIG = RunConfig(model="org/name", data=DataConfig(train="org/data"))
+CUDA = ["learner.device=cuda", "rollout.device=cuda"]
 
 
 def error(*overrides: str) -> str:
@@ -50,6 +51,19 @@ def test_defaults_are_consistent() -> None:
         (["bus.address=tcp://0.0.0.0:5555", "bus.plain=true"], ["bus.address", "bus.keys", "bus.plain=false"]),
         (["bus.address=udp://127.0.0.1:5555"], ["bus.address", "tcp://HOST:PORT"]),
         (["weights.backend=shm", "bus.address=tcp://127.0.0.1:*"], ["weights.backend", "bus.address", "bus or file"]),
+        (["weights.backend=nccl"], ["weights.backend is nccl", "learner.device is cpu", "cuda"]),
+        (
+            ["weights.backend=ipc", "learner.device=cuda"],
+            ["weights.backend is ipc", "rollout.device is cpu"],
+        ),
+        (
+            ["weights.backend=nccl", *CUDA, "placement=colocated"],
+            ["weights.backend is nccl", "placement=colocated", "shm or bus"],
+        ),
+        (
+            ["weights.backend=ipc", *CUDA, "bus.address=tcp://127.0.0.1:*"],
+            ["weights.backend is ipc", "one machine", "nccl or bus"],
+        ),
         (["weights.folder=/tmp"], ["weights.folder", "weights.backend=file"]),
         (["weights.backend=file", "weights.folder=/no/such/folder"], ["weights.folder", "no such folder"]),
         (["scheduling.shares=0.5,0.5,0.5"], ["scheduling.shares", "add up to 1"]),

@@ -37,17 +37,21 @@ def recipe():
 
 
 @pytest.mark.parametrize(
-    ("engine", "dtype", "kl", "placement"),
+    ("engine", "dtype", "kl", "placement", "backend"),
     [
-        ("small", "float32", 1e-4, "separate"),
-        ("vllm", "float32", 1e-4, "separate"),
-        ("vllm", "bfloat16", 5e-3, "separate"),
-        ("small", "float32", 1e-4, "colocated"),
-        ("vllm", "float32", 1e-4, "colocated"),
-        ("vllm", "bfloat16", 5e-3, "colocated"),
+        ("small", "float32", 1e-4, "separate", "bus"),
+        ("vllm", "float32", 1e-4, "separate", "bus"),
+        ("vllm", "bfloat16", 5e-3, "separate", "bus"),
+        ("vllm", "bfloat16", 5e-3, "separate", "ipc"),
+        ("vllm", "bfloat16", 5e-3, "separate", "nccl"),  # on one GPU, where NCCL takes no two ranks: over the bus
+        ("small", "float32", 1e-4, "colocated", "bus"),
+        ("vllm", "float32", 1e-4, "colocated", "bus"),
+        ("vllm", "bfloat16", 5e-3, "colocated", "bus"),
     ],
 )
-def test_run_on_cuda(tiny_model: Path, tmp_path: Path, engine: str, dtype: str, kl: float, placement: str) -> None:
+def test_run_on_cuda(
+    tiny_model: Path, tmp_path: Path, engine: str, dtype: str, kl: float, placement: str, backend: str
+) -> None:
     train = tmp_path / "train.jsonl"
     train.write_text("".join(json.dumps({"prompt": f"{a}+{b}="}) + "\n" for a in range(9) for b in range(9)))
     recipe = tmp_path / "cuda_recipe.py"
@@ -57,6 +61,7 @@ def test_run_on_cuda(tiny_model: Path, tmp_path: Path, engine: str, dtype: str, 
         f"rollout.dtype={dtype}",
         f"learner.dtype={dtype}",
         f"placement={placement}",
+        f"weights.backend={backend}",
     ]
     command = [sys.executable, "-m", "echelon", "run", str(recipe), "--run-dir", str(tmp_path / "run"), *settings]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
@@ -65,3 +70,6 @@ def test_run_on_cuda(tiny_model: Path, tmp_path: Path, engine: str, dtype: str, 
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert max(row["staleness/max_versions"] for row in rows) <= 2
     assert max(row.get("mismatch/kl_lag0", 0.0) for row in rows) < kl
+    log = (tmp_path / "run" / "logs" / "worker-0.log").read_text()
+    if backend == "ipc":
+        assert "over the bus" not in log and "from host memory" not in log, log

@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 
+import rollout.engine.on_device as on_device
 import rollout.engine.vllm_loading as loading
+from databus.transfers import DeviceMemory
 from rollout.engine.tensors import tensors
 from rollout.engine.vllm_worker import SnapshotLoader
 
 
 class FaultyLoader(SnapshotLoader):
     """fault: for the next load only. `raise` or `hang` when it comes to `tensor`; `spoil` it once it is loaded."""
+
+    def test_mapped_memory(self) -> str:
+        """Of what the version was loaded from that was applied last; "" where that was the snapshot's own. From here on
+        host memory stands in for a GPU's: a handle is a path."""
+        on_device.mapped = _mapped_file
+        mapped = self._echelon_on_device._mapped
+        return "" if mapped is None else mapped[0].handle.decode()
 
     def test_next_load(self, fault: str, tensor: str, flag: str = "") -> None:
         def faulty(*source: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -27,3 +36,7 @@ class FaultyLoader(SnapshotLoader):
                 yield name, value + 1 if name == tensor and fault == "spoil" else value
 
         loading.tensors = faulty
+
+
+def _mapped_file(memory: DeviceMemory) -> torch.Tensor:
+    return torch.from_file(memory.handle.decode(), shared=True, size=memory.num_bytes, dtype=torch.uint8)

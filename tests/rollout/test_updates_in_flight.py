@@ -19,7 +19,9 @@ from msgspec import structs
 
 import rollout.engine.vllm_setup
 from databus.messages import Probe, Sampling
+from databus.transfers import DeviceMemory
 from rollout.config import RolloutConfig
+from rollout.cuda_memory import word_sum
 from rollout.engine.base import (
     Completion,
     EngineDead,
@@ -30,6 +32,7 @@ from rollout.engine.base import (
     UpdateReport,
 )
 from rollout.engine.vllm_engine import VllmEngine
+from rollout.fetches import DeviceCopy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -211,6 +214,41 @@ def test_a_refused_part_is_rolled_back_bit_for_bit(serving: Serving, make_probe:
     report = serving.run(serving.update(weights, probed))
     assert report.mismatch is not None and report.mismatch.kl < 1e-8
     assert report.loaded_tensors == 1
+
+
+def on_device(snapshot: Snapshot, wrong_by: int = 0) -> Snapshot:
+    """The same buffer in a file that stands in for a GPU's memory. Args: wrong_by: what its sum of words is."""
+    data = os.pread(snapshot.fd, snapshot.manifest.num_bytes, 0)
+    descriptor = os.memfd_create("device")
+    os.write(descriptor, data)
+    memory = DeviceMemory(
+        device_uuid="host",
+        num_bytes=len(data),
+        handle=f"/proc/{os.getpid()}/fd/{descriptor}".encode(),
+        offset_bytes=0,
+        counter=b"",
+        counter_offset=snapshot.version,  # a descriptor's number comes again
+        event=b"",
+        has_event=False,
+    )
+    total = word_sum(torch.frombuffer(bytearray(data), dtype=torch.uint8)) + wrong_by
+    return replace(snapshot, device_copy=DeviceCopy(memory=memory, word_sum=total))
+
+
+@pytest.mark.parametrize(("names", "wrong_by"), [(None, 0), (["model.norm.weight"], 0), (None, 1)])
+def test_a_version_in_the_gpus_memory_is_loaded_from_there(serving: Serving, names: Any, wrong_by: int) -> None:
+    """Unless something else is there: then from host memory, as ever. It is what was checked either way."""
+    serving.run(serving.engine._llm.collective_rpc("test_mapped_memory"))
+    weights, snapshot = serving.next_version(names)
+    snapshot = on_device(snapshot, wrong_by)
+    assert snapshot.device_copy is not None
+    handle = snapshot.device_copy.memory.handle.decode()
+    serving.run(serving.update(weights, snapshot))
+    (loaded_from,) = serving.run(serving.engine._llm.collective_rpc("test_mapped_memory"))
+    assert loaded_from == ("" if wrong_by else handle)
+    expected = [(spec.name, spec.xxh3, int(np.prod(spec.shape))) for spec in snapshot.manifest.tensors]
+    assert serving.served() == expected
+    os.close(int(handle.rpartition("/")[2]))
 
 
 CHANGED = ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.v_proj.weight")
