@@ -217,16 +217,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: the runs alone")
     parser.add_argument("--seconds", type=float, default=30.0, help="of a cell")
     parser.add_argument("--every", type=float, default=3.0, help="seconds between versions")
     parser.add_argument("--steps", type=int, default=40, help="of a run with delayed updates; 0: no runs")
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), args.hidden, args.layers)
-        rows = asyncio.run(measure(Path(folder), args))
-    figures: dict[str, Any] = {"policies": rows}
+    rows: dict[str, Any] = {}
+    if args.rounds:
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(Path(folder), args.hidden, args.layers)
+            rows = asyncio.run(measure(Path(folder), args))
+    figures: dict[str, Any] = {"policies": rows} if rows else {}
     if args.steps:
         figures["delayed"] = delayed(args.steps, args.seeds)
     bars = [
@@ -238,7 +240,7 @@ def main() -> None:
         args.json,
         question="What does a new version cost an engine that is busy, by policy, and does it pay to put it off?",
         figures=figures,
-        peers={"no versions": rows["none"]},
+        peers={"no versions": rows.get("none")},
         bars=bars,
         device=hardware(),
     )

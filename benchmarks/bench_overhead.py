@@ -147,6 +147,8 @@ def by_purpose(stacks: Path) -> dict[str, float]:
     looks = Counter[str]()
     for line in stacks.read_text().splitlines():
         stack, _, count = line.rpartition(" ")
+        if not count.isdecimal():  # the first line of a command of several, which the stack of its process begins with
+            continue
         looks["all"] += int(count)
         if IMPORT in stack:
             looks["import"] += int(count)
@@ -160,7 +162,7 @@ def by_purpose(stacks: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     threading.Thread(target=collector.serve_forever, daemon=True).start()
