@@ -121,7 +121,8 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """pause_s: how long no token was generated. mismatch: None where the version came without a probe.
+    """pause_s: how long no token was generated, from the engine's word that it stands still. mismatch: None where the
+    version came without a probe.
 
     load_s: of the pause, checking, loading and reading back. loaded_bytes, loaded_tensors: of the snapshot.
     """

@@ -17,6 +17,10 @@ from rollout.engine.vllm_gate import VllmGate
 
 T = TypeVar("T")
 
+LAST_OUTPUTS_S = 0.02
+"""After vLLM stands still, in which it hands out what the last step gave: its own figure. Weights are loaded meanwhile.
+"""
+
 
 class Call(Protocol):
     """Awaits what must succeed, for so long. Raises: EngineDead."""
@@ -55,24 +59,33 @@ class VllmUpdate:
         recompute: bool,
         switched: Callable[[], None],
     ) -> UpdateReport:
-        """Args: served: the version before. begin_anew: requests to abort. recompute: drop the KV cache of all others,
-        and every prefix. switched: told when the version is served, before any token is of it.
+        """Args: served: the version before. begin_anew: requests to abort, looked at once the outputs of the last step
+        have been handed out. recompute: drop the KV cache of all others, and every prefix. switched: told when the
+        version is served, before any token is of it.
 
         Raises: UpdateFailed, after which all is as before; EngineDead.
         """
+        # AsyncLLM's own method does this, and then sleeps for LAST_OUTPUTS_S.
+        await self._call(self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False))
         started = time.monotonic()
         try:
-            await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
-            await self._call(self._llm.abort(sorted(begin_anew)))
-            report = await self._load(snapshot, served)
+            report, _ = await asyncio.gather(self._load(snapshot, served), asyncio.sleep(LAST_OUTPUTS_S))
         except UpdateFailed:
             await self._call(self._llm.resume_generation())
             raise
+        if without_token := sorted(begin_anew):
+            await self._call(self._llm.abort(without_token))
         if recompute:  # they begin again with all their tokens
             await self._call(self._llm.reset_prefix_cache(reset_running_requests=True))
         switched()
-        await self._call(self._llm.resume_generation())
+        await self._resume_as(snapshot.version)
         return replace(report, pause_s=time.monotonic() - started)
+
+    async def _resume_as(self, version: int) -> None:
+        """In one go: vLLM takes calls in the order in which they were made."""
+        await asyncio.gather(
+            self._call(self._llm.update_weight_version(str(version))), self._call(self._llm.resume_generation())
+        )
 
     async def _load(self, snapshot: Snapshot, served: int) -> UpdateReport:
         applied = await self._apply_in_workers(snapshot, served)
@@ -82,7 +95,6 @@ class VllmUpdate:
             await self._settle(False)
             raise
         await self._settle(True)
-        await self._call(self._llm.update_weight_version(str(snapshot.version)))
         return UpdateReport(
             pause_s=0.0,
             mismatch=mismatch,

@@ -18,7 +18,7 @@ def wait_in_naps() -> None:
     to spare that saves a nap a step; on two, whoever waits takes the core of whoever is waited for, or of the learner
     (docs/decisions/033-who-waits-sleeps.md).
     """
-    shm_broadcast.sched_yield = _nap
+    shm_broadcast.sched_yield = _nap  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _nap() -> None:
