@@ -9,7 +9,7 @@ KIND   := $(if $(GPU),gpu,cpu)
 READY  := $(VENV)/.ready-$(KIND)
 TASK   := .cache/chain_sum
 # Files of tests that run at a time. Whole runs wait for processes to start most of their time, and need 2 GiB each.
-TESTERS ?= 3
+TESTERS ?= 2
 
 .PHONY: setup demo test check bench clean
 

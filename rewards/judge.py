@@ -67,6 +67,7 @@ class Judge:
         self._room = asyncio.Semaphore(config.concurrent)
         self._pause_s = 1 / requests_per_s if requests_per_s > 0 else 0.0
         self._next = 0.0
+        self._turns = asyncio.Lock()
 
     async def score(self, sample: Sample) -> float:
         """The mark as a share of `max_mark`. Raises: JudgeError; ValueError where the rubric does not fit the row."""
@@ -130,10 +131,11 @@ class Judge:
 
     async def _turn(self) -> None:
         """Wait for this request's place in the rate; the client's own retries are beside it."""
-        if self._pause_s > 0:
-            now = time.monotonic()
-            self._next = max(self._next + self._pause_s, now)
-            await asyncio.sleep(self._next - now)
+        if self._pause_s <= 0:
+            return
+        async with self._turns:  # one after the other: a process that was held up does not make up for it
+            await asyncio.sleep(max(0.0, self._next - time.monotonic()))
+            self._next = time.monotonic() + self._pause_s
 
 
 def read_mark(text: str) -> float | None:

@@ -5,17 +5,19 @@ On the CPU the two are processes, and each call waits for the other to wake up: 
 model. Written against vLLM 0.32.0, which takes an executor's name (`distributed_executor_backend`).
 """
 
+import time
 from concurrent.futures import Future
 from typing import Any
 
 import vllm.envs
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
-
-from rollout.engine.vllm_waiting import wait_in_naps
 
 STEP = "echelon_step"
 WAIT_IN_NAPS = "echelon_wait_in_naps"
 """Methods of the worker's, of `rollout.engine.vllm_worker.SnapshotLoader`."""
+NAP_S = 50e-6
+"""Linux adds as much again by itself (timer slack)."""
 
 
 class OneCallExecutor(MultiprocExecutor):
@@ -62,3 +64,17 @@ class _Step(Future):
     def result(self, timeout: float | None = None) -> Any:
         output, self._executor._drafts = self._answer.result(timeout)
         return output
+
+
+def wait_in_naps() -> None:
+    """From now on, whoever waits on one of vLLM's shared-memory queues in this process sleeps between two looks.
+
+    vLLM looks again and again for a second, each time yielding the core but not the interpreter. Where there are cores
+    to spare that saves a nap a step; on two, whoever waits takes the core of whoever is waited for, or of the learner
+    (docs/decisions/033-who-waits-sleeps.md).
+    """
+    shm_broadcast.sched_yield = _nap  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _nap() -> None:
+    time.sleep(NAP_S)

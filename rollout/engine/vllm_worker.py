@@ -16,9 +16,9 @@ from rollout.drafting.proposer import DraftSetup, Proposer
 from rollout.engine.applying import Applied, Apply
 from rollout.engine.on_device import OnDevice
 from rollout.engine.tensors import HostSource, Source, first_mismatch
+from rollout.engine.vllm_executor import wait_in_naps
 from rollout.engine.vllm_loading import WeightLoading
 from rollout.engine.vllm_sampler import mend_sampler, sample_plainly_without_drafts
-from rollout.engine.vllm_waiting import wait_in_naps
 
 ROLLED_BACK = "rolled back"
 FLAG_S = 10.0

@@ -144,7 +144,8 @@ def test_learner_goes_on_from_its_copy_in_memory(undisturbed: Outcome, recipe: P
 
 def test_a_damaged_checkpoint_ends_the_resumption(undisturbed: Outcome, started, recipe: Path, start_run) -> None:
     """In one line that says what to do; doing it helps."""
-    run = started(9)
+    run = started(8)
+    run.role("echelon.roles.worker").send_signal(signal.SIGSTOP)  # it must not come to its end meanwhile
     run.wait_for(lambda: (run.folder / "checkpoints" / "step-000008").exists())
     run.kill_all()
     newest = run.folder / "checkpoints" / "step-000008"

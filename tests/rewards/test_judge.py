@@ -175,8 +175,8 @@ def test_nobody_there() -> None:
 
 
 def test_the_rate_is_kept(endpoint: Endpoint) -> None:
-    assert marks(endpoint, *"abcd", rate=5.0) == [0.7] * 4
-    assert max(endpoint.times) - min(endpoint.times) >= 0.4
+    assert marks(endpoint, *"abcd", rate=2.0) == [0.7] * 4
+    assert max(endpoint.times) - min(endpoint.times) >= 1.0
 
 
 def test_a_rubric_without_its_field(endpoint: Endpoint) -> None:

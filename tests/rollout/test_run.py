@@ -221,7 +221,7 @@ def test_a_worker_from_hello_to_goodbye(
         assert set(answer.token_versions().tolist()) == {1}
         expected = reference(new, PROMPT, answer, 0.0)
         np.testing.assert_allclose(answer.logprobs, expected, atol=1e-5)
-        assert max(beat.generated_tokens for beat in broker.wait(Heartbeat)) > 0
+        wait_until_it_generates(broker)
 
         broker.say(Stop(reason="all steps are done"))
         assert broker.wait(Goodbye)[0].reason == "all steps are done"

@@ -1,4 +1,4 @@
-"""Tests of how vLLM's processes wait for each other."""
+"""How vLLM's processes wait for each other."""
 
 import time
 
@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 
-from rollout.engine.vllm_waiting import NAP_S, wait_in_naps
+from rollout.engine.vllm_executor import NAP_S, wait_in_naps
 
 LOOKS = 200
 
