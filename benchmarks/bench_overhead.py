@@ -3,10 +3,11 @@
     python benchmarks/bench_overhead.py --json benchmarks/results/bench_overhead.json
 
 The demo's recipe runs with all of it on: every group traced to a collector, wandb offline, and `echelon watch` beside
-it. py-spy looks at all of the run's processes; the cost is the share of their looks at a busy thread that meet code
-that is there for people to see, and what the processes that are there for that alone take; imports are left out. The
-run keeps both cores busy, so a share of the processor is a share of its tokens a second. Runs with and without all of
-it, in turns, differ by more from one to the next than by what is looked for.
+it. py-spy looks at the thread of each process that has the interpreter: how often it meets code that is there for
+people to see says how long that ran, imports apart. With what processes take that are there for that alone, and over
+the CPU time of all, this is the cost. The run keeps both cores busy, so a share of the processor is a share of its
+tokens a second. Runs with and without all of it, in turns, differ by more from one to the next than by what is looked
+for.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import psutil
 from common import Bar, hardware, write_result
 from demo_run import ECHELON, RECIPE, ROOT, prepare
 
-LOOKS_PER_S = 50
+LOOKS_PER_S = 100
 RUN_S, START_S, TICK_S = 900.0, 5.0, 0.5
 BOUND = 0.01
 SEEING = {
@@ -66,24 +68,30 @@ def run(folder: Path, steps: int, collector: str) -> dict[str, Any]:
     task, run_dir, stacks = prepare(0), folder / "run", folder / "stacks.txt"
     settings = [f"model={task / 'model'}", *(f"data.{split}={task / split}.jsonl" for split in ("train", "eval"))]
     settings += [f"learner.steps={steps}", f"traces.endpoint={collector}", "wandb.mode=offline"]
-    spy = [str(ECHELON.with_name("py-spy")), "record", "--subprocesses", "--full-filenames", "--format", "raw"]
+    spy = [str(ECHELON.with_name("py-spy")), "record", "--subprocesses", "--gil", "--full-filenames", "--format", "raw"]
     spy += ["--rate", str(LOOKS_PER_S), "--output", str(stacks), "--"]
     words = [*spy, sys.executable, str(ECHELON), "run", RECIPE, "--run-dir", str(run_dir), *settings]
     with (folder / "run.log").open("w") as log:
         began = time.monotonic()
         running = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         watching = Watching(run_dir, folder)
-        alone: dict[int, float] = {}
+        used: dict[int, tuple[str, float]] = {}
         while running.poll() is None:
             if time.monotonic() - began > RUN_S:
                 raise SystemExit(f"the run took longer than {RUN_S:g} s: {folder / 'run.log'}")
             watching.tick()
-            alone |= cpu_s_of(running.pid, ALONE)
+            used |= cpu_s_below(running.pid)
             time.sleep(TICK_S)
         watch_s = watching.stop()
     if running.returncode != 0:
         raise SystemExit(f"the run ended with {running.returncode}:\n{(folder / 'run.log').read_text()[-2000:]}")
-    return {"wall_s": time.monotonic() - began, "watch_s": watch_s, "alone_s": sum(alone.values())} | by_purpose(stacks)
+    return {
+        "wall_s": time.monotonic() - began,
+        "all_s": sum(cpu_s for _, cpu_s in used.values()),
+        "watch_s": watch_s,
+        "alone_s": sum(cpu_s for name, cpu_s in used.values() if name.startswith(ALONE)),
+        **by_purpose(stacks),
+    }
 
 
 class Watching:
@@ -129,34 +137,31 @@ class Watching:
         return used.ru_utime + used.ru_stime - self._start_s
 
 
-def cpu_s_of(pid: int, names: tuple[str, ...]) -> dict[int, float]:
-    """CPU seconds by pid of those processes below `pid` that have one of the names."""
+def cpu_s_below(pid: int) -> dict[int, tuple[str, float]]:
+    """Name and CPU seconds by pid of the processes below `pid`."""
     used = {}
-    for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if process.name().startswith(names):
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
-                used[process.pid] = times.user + times.system
-        except psutil.NoSuchProcess:
-            continue
+                used[process.pid] = process.name(), times.user + times.system
     return used
 
 
 def by_purpose(stacks: Path) -> dict[str, float]:
-    """Seconds of CPU time of py-spy's stacks, in all and by what they were for."""
+    """Seconds of py-spy's stacks, by what they were for; those of imports are apart."""
     looks = Counter[str]()
     for line in stacks.read_text().splitlines():
         stack, _, count = line.rpartition(" ")
         if not count.isdecimal():  # the first line of a command of several, which the stack of its process begins with
             continue
-        looks["all"] += int(count)
         if IMPORT in stack:
             looks["import"] += int(count)
             continue
         purpose = next((name for name, marks in SEEING.items() if any(mark in stack for mark in marks)), None)
         if purpose is not None:
             looks[purpose] += int(count)
-    return {f"{name}_s": looks[name] / LOOKS_PER_S for name in ("all", "import", *SEEING)}
+    return {f"{name}_s": looks[name] / LOOKS_PER_S for name in ("import", *SEEING)}
 
 
 def main() -> None:
@@ -170,11 +175,11 @@ def main() -> None:
         seen = run(Path(folder), args.steps, f"http://127.0.0.1:{collector.server_port}/v1/traces")
     collector.shutdown()
     parts = {name: seen[f"{name}_s"] for name in (*SEEING, "watch", "alone")}
-    overhead = sum(parts.values()) / (seen["all_s"] + seen["watch_s"] + seen["alone_s"])
+    overhead = sum(parts.values()) / (seen["all_s"] + seen["watch_s"])
     write_result(
         args.json,
         question="What do metrics, the terminal's view, watch, traces and wandb cost a run?",
-        figures=seen | {"share": overhead, "steps": args.steps},
+        figures={**seen, "share": overhead, "steps": args.steps},
         peers={},
         bars=[Bar("share of the processor", overhead, BOUND, "at most")],
         device=hardware(),
