@@ -17,14 +17,14 @@ from rollout.engine.vllm_worker import SnapshotLoader
 class FaultyLoader(SnapshotLoader):
     """fault: for the next load only. `raise` or `hang` when it comes to `tensor`; `spoil` it once it is loaded."""
 
-    def test_mapped_memory(self) -> str:
+    def stand_in_for_gpu(self) -> str:
         """Of what the version was loaded from that was applied last; "" where that was the snapshot's own. From here on
         host memory stands in for a GPU's: a handle is a path."""
         on_device.mapped = _mapped_file
         mapped = self._echelon_on_device._mapped
         return "" if mapped is None else mapped[0].handle.decode()
 
-    def test_next_load(self, fault: str, tensor: str, flag: str = "") -> None:
+    def fail_next_load(self, fault: str, tensor: str, flag: str = "") -> None:
         def faulty(*source: Any) -> Iterator[tuple[str, torch.Tensor]]:
             loading.tensors = tensors
             for name, value in tensors(*source):

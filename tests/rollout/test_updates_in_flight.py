@@ -84,7 +84,7 @@ class Serving:
         return [tuple(each) for each in tensors]
 
     def fail(self, *fault: str) -> None:
-        self.run(self.engine._llm.collective_rpc("test_next_load", args=fault))
+        self.run(self.engine._llm.collective_rpc("fail_next_load", args=fault))
 
     def greedy(self) -> list[tuple[list[int], list[float], list[int]]]:
         completions = self.run(self.engine.generate(request("greedy", 2, 40, temperature=0.0)))
@@ -238,13 +238,13 @@ def on_device(snapshot: Snapshot, wrong_by: int = 0) -> Snapshot:
 @pytest.mark.parametrize(("names", "wrong_by"), [(None, 0), (["model.norm.weight"], 0), (None, 1)])
 def test_a_version_in_the_gpus_memory_is_loaded_from_there(serving: Serving, names: Any, wrong_by: int) -> None:
     """Unless something else is there: then from host memory, as ever. It is what was checked either way."""
-    serving.run(serving.engine._llm.collective_rpc("test_mapped_memory"))
+    serving.run(serving.engine._llm.collective_rpc("stand_in_for_gpu"))
     weights, snapshot = serving.next_version(names)
     snapshot = on_device(snapshot, wrong_by)
     assert snapshot.device_copy is not None
     handle = snapshot.device_copy.memory.handle.decode()
     serving.run(serving.update(weights, snapshot))
-    (loaded_from,) = serving.run(serving.engine._llm.collective_rpc("test_mapped_memory"))
+    (loaded_from,) = serving.run(serving.engine._llm.collective_rpc("stand_in_for_gpu"))
     assert loaded_from == ("" if wrong_by else handle)
     expected = [(spec.name, spec.xxh3, int(np.prod(spec.shape))) for spec in snapshot.manifest.tensors]
     assert serving.served() == expected
