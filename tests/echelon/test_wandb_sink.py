@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +132,17 @@ def test_keys_are_found_in_environment_and_netrc(tmp_path: Path, monkeypatch: py
     assert has_api_key()
 
 
+def finished_records(folder: Path, within_s: float = 60.0) -> list[Any]:
+    """All records of the one run: wandb's service writes the last of them after `finish` has returned."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        records = read_offline(folder)
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"the end of wandb's run was not written within {within_s:.0f} s")
+
+
 def read_offline(folder: Path) -> list[Any]:
     """Records of the one run that wandb wrote below `folder`: a LevelDB log of protobufs, after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -159,7 +171,7 @@ def test_what_the_real_wandb_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write(json.dumps(SAMPLE | {"step": 1, "prompt": "2+2="}) + "\n")
     assert run(sink) == []
-    records = read_offline(tmp_path)
+    records = finished_records(tmp_path)
     (started,) = (record.run for record in records if record.HasField("run"))
     assert (started.run_id, started.project, started.display_name) == ("run-1", "echelon", tmp_path.name)
     config = {item.key: json.loads(item.value_json) for item in started.config.update}
