@@ -5,7 +5,8 @@
 Models of several sizes take real AdamW steps, on random tokens, at several learning rates. After each step their
 weights are published, pulled and checked by every way in turn: deltas and whole versions over the learner's socket
 (ipc, and through a link of 1 Gbit/s), whole ones in shared memory; with CUDA from GPU to GPU, too, mapped on one and by
-NCCL where there are two; beside safetensors through a file, and pickled tensors over ZeroMQ.
+NCCL where there are two; beside safetensors through a file, and pickled tensors over ZeroMQ. What does not fit beside
+the training goes `--apart`: the versions are trained first, and written to files (4 bytes a parameter and version).
 """
 
 import argparse
@@ -27,7 +28,7 @@ from common import Bar, hardware, write_result
 from paced_link import paced_link
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3Config
+from weights_training import TrainedApart, Training, train_apart
 
 from databus.config import WeightsConfig
 from databus.messages import VersionPublished
@@ -39,46 +40,7 @@ from rollout.receiver import VISIBLE, Receiver
 from rollout.weights_in import Puller
 
 LINK_GBIT_S = 1.0
-WARM_UP_STEPS = 3
-HEAD_DIM = 64
 Times = dict[str, list[float]]
-
-
-def build(millions: float) -> nn.Module:
-    """Qwen3's shape with about so many million parameters."""
-    layers = 4 if millions < 50 else 12
-    hidden = max(64, round((millions * 1e6 / (layers * 13)) ** 0.5 / 64) * 64)
-    config = Qwen3Config(
-        vocab_size=512,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // HEAD_DIM,
-        num_key_value_heads=hidden // HEAD_DIM,
-        head_dim=HEAD_DIM,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-class Training:
-    """fp32 masters, AdamW, a small batch of random tokens a step."""
-
-    def __init__(self, millions: float, device: str) -> None:
-        self.model = build(millions).to(device)
-        self.device = device
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0, foreach=True)
-
-    def step(self, lr: float) -> float:
-        """Returns: seconds."""
-        began = time.perf_counter()
-        self.optimizer.param_groups[0]["lr"] = lr
-        ids = torch.randint(0, 512, (1, 64), device=self.device)
-        self.model(input_ids=ids, labels=ids).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        return time.perf_counter() - began
 
 
 @dataclass
@@ -184,8 +146,7 @@ def pickled(model: nn.Module) -> float:
 PEERS = {"safetensors through a file": through_a_file, "pickled tensors, ZeroMQ ipc": pickled}
 
 
-def measure(millions: float, rates: list[float], repeats: int, chosen: list[str], device: str) -> dict[str, Any]:
-    training = Training(millions, device)
+def measure(training: Training | TrainedApart, rates: list[float], repeats: int, chosen: list[str]) -> dict[str, Any]:
     results: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in training.model.parameters())}
     with ExitStack() as stack:
         ways = {name: stack.enter_context(way(training.model, *WAYS[name])) for name in chosen}
@@ -196,8 +157,7 @@ def measure(millions: float, rates: list[float], repeats: int, chosen: list[str]
             peers: Times = defaultdict(list)
             for each in ways.values():
                 each.figures.clear()
-            for _ in range(WARM_UP_STEPS):
-                training.step(rate)
+            training.warm_up(rate)
             for each in ways.values():  # what those steps changed is no measurement
                 each.carry(version := version + 1)
                 each.figures.clear()
@@ -212,6 +172,20 @@ def measure(millions: float, rates: list[float], repeats: int, chosen: list[str]
                 "ways": {name: summary(each.figures) for name, each in ways.items()},
                 "peers": summary(peers),
             }
+    return results
+
+
+def measure_apart(millions: float, rates: list[float], repeats: int, chosen: list[str]) -> dict[str, Any]:
+    """One way after another, each with the memory to itself; the versions are trained before."""
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        train_apart(Path(folder), millions, rates, repeats)
+        for name in chosen:
+            found = measure(TrainedApart(Path(folder), millions), rates, repeats, [name])
+            for rate in rates:
+                key = f"lr {rate:g}"
+                found[key]["ways"] |= results.get(key, {}).get("ways", {})
+            results = found
     return results
 
 
@@ -252,13 +226,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=possible_ways())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that is trained on")
+    parser.add_argument(
+        "--apart", action="store_true", help="train first, and measure the ways one by one: less memory"
+    )
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/bench_weights.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
     with process_group("cpu", timeout_s=600.0):
         for size in args.sizes:
-            figures[f"{size:g} M"] = measure(size, args.rates, args.repeats, args.ways, args.device)
+            if args.apart:
+                figures[f"{size:g} M"] = measure_apart(size, args.rates, args.repeats, args.ways)
+            else:
+                figures[f"{size:g} M"] = measure(Training(size, args.device), args.rates, args.repeats, args.ways)
             for rate in args.rates:
                 report(f"{size:g} M", rate, figures[f"{size:g} M"])
     write_result(

@@ -48,8 +48,7 @@ class WatchedFolder:
         return self._folder.is_in_use()
 
     def status(self) -> Status | None:
-        bus = self._folder.bus()
-        if self._observer is None and bus is not None and self.is_alive():
+        if self._observer is None and (bus := self._folder.bus()) is not None and self.is_alive():
             self._observer = Observer(bus)
         return None if self._observer is None else self._observer.poll()
 
