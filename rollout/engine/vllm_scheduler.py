@@ -1,4 +1,5 @@
-"""vLLM's own scheduler, which lets probes through a pause. Written against vLLM 0.32.0.
+"""vLLM's own scheduler, which lets probes through a pause, and holds log-probabilities until somebody looks at them.
+Written against vLLM 0.32.0.
 
 `pause_generation(mode="keep")` stops the scheduler as a whole. The mismatch gate needs the engine to score a few texts
 with weights that no other request may see yet: requests that are marked as probes run through the pause, as if they
@@ -14,10 +15,12 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
 from rollout.config import PROBE_SEQUENCES, PROBE_TOKENS
 from rollout.engine.begin_order import BEGUN
+from rollout.engine.held_logprobs import HeldLogprobs
 from rollout.engine.vllm_setup import PROBE_ARGUMENT
 
 
@@ -37,6 +40,7 @@ class ProbingScheduler(Scheduler):
         groups = self.kv_cache_config.kv_cache_groups
         self._room_blocks = PROBE_SEQUENCES * sum(cdiv(tokens, group.kv_cache_spec.block_size) for group in groups)
         self._room: list[Any] = []
+        self._held_logprobs = HeldLogprobs()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self._pause_state != PauseState.PAUSED_ALL or not self._num_probes():
@@ -59,6 +63,17 @@ class ProbingScheduler(Scheduler):
                 waiting.add_request(probe)
             self.running, self.waiting = [*others, *self.running], waiting
 
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        outputs = super().update_from_output(*args, **kwargs)
+        for each in outputs.values():
+            self._held_logprobs.pass_through(each.outputs, self._interval_of)
+        return outputs
+
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        ended = super().finish_requests(*args, **kwargs)
+        self._held_logprobs.keep_only(self.requests)
+        return ended
+
     def get_num_unfinished_requests(self) -> int:
         return (
             self._num_probes() if self._pause_state == PauseState.PAUSED_ALL else super().get_num_unfinished_requests()
@@ -70,6 +85,10 @@ class ProbingScheduler(Scheduler):
             for request in self.running:
                 request.priority = BEGUN  # they wait now, and none that waited already is to overtake them
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def _interval_of(self, request_id: str) -> int:
+        sampling = self.requests[request_id].sampling_params
+        return (sampling and sampling.stream_interval) or 1
 
     def _num_probes(self) -> int:
         return sum(map(_is_probe, self.running)) + sum(map(_is_probe, self.waiting))
