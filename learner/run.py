@@ -1,5 +1,6 @@
 """Entry of the learner: one call a rank, from settings to the end of the run."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -97,6 +98,7 @@ def run_learner(config: LearnerConfig, run: LearnerRun, bus_factory: Callable[[i
             turn = _turn(config, run, stack)
             turn.take()
             trainer = _build(config, run, start_step, first_rank, turn, stack)
+            gc.freeze()  # or all of torch and transformers is looked through for garbage again and again
             trainer.run()
             trainer.serve_until_stopped(run.end_timeout_s)
     except RunStoppedError as stop:

@@ -12,6 +12,7 @@ from typing import Any
 
 from databus.client import BusClient
 from databus.messages import Heartbeat, Stop
+from databus.process import collect_garbage_seldom
 from databus.turns import EngineTurn
 from rewards.config import RewardConfig
 from rewards.pool import RewardPool
@@ -85,6 +86,7 @@ async def run_worker(config: RolloutConfig, reward: RewardConfig, run: WorkerRun
                 episodes = Episodes(engine, environments, turns, detokenize, config.environment, config.context_tokens)
             client = make_client(engine.version, lambda: heartbeat(engine, histories, pool, episodes))
             work = LeaseWork(engine, pool, detokenize, histories, episodes)
+            collect_garbage_seldom()
             stop = await _serve(client, work, config, run, on_signal)
         finally:
             pools = [each for each in (pool, environments) if each is not None]

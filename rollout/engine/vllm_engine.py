@@ -117,7 +117,7 @@ class VllmEngine:
             raise ValueError(f"vLLM cannot serve {self._model!r}: {_one_line(error)}") from error
         except RuntimeError as error:
             raise EngineDead(f"vLLM did not start: {_one_line(error)}") from error
-        await self._call(self._llm.collective_rpc("echelon_die_with_parent"))
+        await self._call(self._llm.collective_rpc("echelon_set_up_process"))
         await self._call(self._llm.update_weight_version(str(self._version)))
         if self._draft.policy != "off":
             await self.start_drafting()

@@ -1,5 +1,6 @@
 """What of ours runs inside vLLM's own processes. Written against vLLM 0.32.0."""
 
+import gc
 import mmap
 import multiprocessing
 import os
@@ -47,8 +48,10 @@ class SnapshotLoader:
 
     model_runner: Any
 
-    def echelon_die_with_parent(self) -> None:
+    def echelon_set_up_process(self) -> None:
+        """Once the engine is ready to serve."""
         die_with_parent()
+        gc.freeze()  # or all of vLLM and torch is looked through for garbage again and again
 
     def echelon_wait_in_naps(self) -> None:
         wait_in_naps()
