@@ -18,6 +18,8 @@ WAIT_IN_NAPS = "echelon_wait_in_naps"
 """Methods of the worker's, of `rollout.engine.vllm_worker.SnapshotLoader`."""
 NAP_S = 50e-6
 """Linux adds as much again by itself (timer slack)."""
+LONGEST_NAP_S = 1e-3
+LATE = 1 / 8
 
 
 class OneCallExecutor(MultiprocExecutor):
@@ -73,8 +75,18 @@ def wait_in_naps() -> None:
     to spare that saves a nap a step; on two, whoever waits takes the core of whoever is waited for, or of the learner
     (docs/decisions/033-who-waits-sleeps.md).
     """
-    shm_broadcast.sched_yield = _nap  # pyright: ignore[reportPrivateImportUsage]
+    shm_broadcast.sched_yield = Naps()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _nap() -> None:
-    time.sleep(NAP_S)
+class Naps:
+    """One at each call: the longer the wait, the longer the next, by at most a `LATE` of it too long."""
+
+    def __init__(self) -> None:
+        self._began = self._ended = 0.0
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self._ended > NAP_S:  # in between there was something to do
+            self._began = now
+        time.sleep(min(LONGEST_NAP_S, NAP_S + LATE * (now - self._began)))
+        self._ended = time.monotonic()
