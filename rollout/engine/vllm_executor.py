@@ -19,7 +19,7 @@ WAIT_IN_NAPS = "echelon_wait_in_naps"
 NAP_S = 50e-6
 """Linux adds as much again by itself (timer slack)."""
 LONGEST_NAP_S = 1e-3
-LATE = 1 / 8
+LATE = 1 / 16
 
 
 class OneCallExecutor(MultiprocExecutor):
