@@ -19,7 +19,7 @@ WAIT_IN_NAPS = "echelon_wait_in_naps"
 NAP_S = 50e-6
 """Linux adds as much again by itself (timer slack)."""
 LONGEST_NAP_S = 1e-3
-LATE = 1 / 16
+LATE = 1 / 8
 
 
 class OneCallExecutor(MultiprocExecutor):
@@ -79,7 +79,7 @@ def wait_in_naps() -> None:
 
 
 class Naps:
-    """One at each call: the longer the wait, the longer the next, by at most a `LATE` of it too long."""
+    """One at each call. They grow with the wait, so that it lasts at most `LATE` of itself too long."""
 
     def __init__(self) -> None:
         self._began = self._ended = 0.0
