@@ -5,9 +5,9 @@
 Runs the demo's recipe for 1 and 2 workers with max_staleness 0 and 2, fits a plan to one of these runs (1 worker,
 max_staleness 2), and compares what it says of all four with what they did: trained tokens a second, and the shares of
 time in which the learner and the workers were idle, between the same steps. Nothing is evaluated. On two cores workers
-and learner share them; while the fitted run goes, the processor time of the roles is read from /proc, and that is what
-`assume.worker_cores` and `assume.learner_cores` are told: all else is fitted. With `--runs DIR` runs that are there
-are not made again.
+and learner share them. How many each wants is read from /proc while it has them all: in the run of 1 worker with
+max_staleness 0, where either works while the other waits. `assume.worker_cores` and `assume.learner_cores` are told
+that; all else is fitted. With `--runs DIR` runs that are there are not made again.
 
 Last, 10,000 workers: how long a simulation takes, in a process of its own.
 """
@@ -17,15 +17,14 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from common import Bar, hardware, write_result
 from demo_run import ECHELON, RECIPE, ROOT, prepare, train
+from role_cpu import RoleCpu
 
 from databus.codec import Array
 from echelon.plan.request import make_basis
@@ -37,54 +36,14 @@ from echelon.run_folder import RunFolder
 
 CELLS = [(1, 0), (1, 2), (2, 0), (2, 2)]
 FITTED = (1, 2)
+ALONE = (1, 0)
+"""Where each role has all cores while it is at work: what it takes then is what it wants."""
 SEED = 0
 FIGURES = ("tokens_per_s", "learner_idle", "worker_idle", "staleness_mean")
-SAMPLE_S = 0.5
 MANY = 10_000
 MANY_BATCH = 4_000
 """With max_staleness 2 that is 12,000 groups at once: every worker has one."""
 MANY_LIMIT_S = 60.0
-
-
-class CoreUse(threading.Thread):
-    """Processor time of a run's roles, by what their processes below the supervisor have used."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._used: dict[int, tuple[str, float]] = {}
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        while not self._ended.wait(SAMPLE_S):
-            for child in psutil.Process().children(recursive=True):
-                try:
-                    role = role_of(child)
-                    times = child.cpu_times()
-                except psutil.Error:
-                    continue
-                if role:
-                    self._used[child.pid] = (role, times.user + times.system)
-
-    def seconds(self) -> dict[str, float]:
-        """By role, since each began, model loading included."""
-        totals: dict[str, float] = {}
-        for role, seconds in list(self._used.values()):
-            totals[role] = totals.get(role, 0.0) + seconds
-        return totals
-
-    def stop(self) -> None:
-        self._ended.set()
-        self.join()
-
-
-def role_of(process: psutil.Process) -> str:
-    """The role that a process is, or is a child of."""
-    for each in [process, *process.parents()]:
-        words = each.cmdline()
-        for word in words:
-            if word.startswith("echelon.roles."):
-                return word.removeprefix("echelon.roles.")
-    return ""
 
 
 def run_cell(cell: tuple[int, int], folder: Path, steps: int) -> dict[str, float]:
@@ -92,8 +51,8 @@ def run_cell(cell: tuple[int, int], folder: Path, steps: int) -> dict[str, float
     run_dir = folder / name_of(cell)
     use_file = folder / f"{name_of(cell)}.cores.json"
     if not (run_dir / "metrics.jsonl").exists():
-        watched = Watched(run_dir)
-        watched.start()
+        cpu = RoleCpu(run_dir)
+        cpu.start()
         workers, staleness = cell
         overrides = (
             f"rollout.workers={workers}",
@@ -104,37 +63,18 @@ def run_cell(cell: tuple[int, int], folder: Path, steps: int) -> dict[str, float
             "rollout.start_timeout_s=1800",
         )
         train(prepare(SEED), SEED, run_dir, *overrides, timeout_s=7200.0)
-        watched.stop()
-        use_file.write_text(json.dumps(watched.cores(run_dir)))
+        cpu.stop()
+        use_file.write_text(json.dumps(cores_at_work(run_dir, cpu.between(1, steps + 1)[1])))
     return json.loads(use_file.read_text()) if use_file.exists() else {}
 
 
-class Watched(CoreUse):
-    """Notes what was used when the first step was done, so that starting up does not count."""
-
-    def __init__(self, run_dir: Path) -> None:
-        super().__init__()
-        self._rows = run_dir / "metrics.jsonl"
-        self._base: dict[str, float] | None = None
-        self._waiter = threading.Thread(target=self._wait, daemon=True)
-
-    def start(self) -> None:
-        super().start()
-        self._waiter.start()
-
-    def _wait(self) -> None:
-        while not self._ended.wait(SAMPLE_S):
-            if self._base is None and self._rows.exists() and self._rows.stat().st_size:
-                self._base = self.seconds()
-
-    def cores(self, run_dir: Path) -> dict[str, float]:
-        """Of a worker and of the learner, while each was at work."""
-        facts = measured(run_dir)
-        used = {role: seconds - (self._base or {}).get(role, 0.0) for role, seconds in self.seconds().items()}
-        return {
-            "worker": used.get("worker", 0.0) / max(1e-9, facts["all_busy_s"]),
-            "learner": used.get("learner", 0.0) / max(1e-9, facts["all_trained_s"]),
-        }
+def cores_at_work(run_dir: Path, used: dict[str, float]) -> dict[str, float]:
+    """Of a worker and of the learner, while each was at work. Args: used: seconds of processor time by role."""
+    facts = measured(run_dir)
+    return {
+        "worker": used.get("worker", 0.0) / max(1e-9, facts["all_busy_s"]),
+        "learner": used.get("learner", 0.0) / max(1e-9, facts["all_trained_s"]),
+    }
 
 
 def name_of(cell: tuple[int, int]) -> str:
@@ -232,7 +172,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         cores = {cell: run_cell(cell, folder, args.steps) for cell in CELLS}
         for cell in CELLS:
-            figures[name_of(cell)], new = compare(folder, cell, cores[FITTED])
+            figures[name_of(cell)], new = compare(folder, cell, cores[ALONE])
             bars += new
         figures["cores"] = {name_of(cell): used for cell, used in cores.items()}
     if not args.no_many:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common import commit
 from demo_run import prepare, train
+from role_cpu import RoleCpu
 
 SKIPPED_STEPS = 5
 """At the start, over which what is compiled on first use is no measurement."""
@@ -46,16 +47,30 @@ def run_cells(path: Path, cells: Sequence[Cell], write: Callable[[Cells], None])
         try:
             with tempfile.TemporaryDirectory() as folder:
                 task = prepare(cell.seed)
-                rows, wall_s = train(task, cell.seed, Path(folder) / "run", *cell.overrides, timeout_s=CELL_TIMEOUT_S)
+                cpu = RoleCpu(run_dir := Path(folder) / "run")
+                cpu.start()
+                rows, wall_s = train(task, cell.seed, run_dir, *cell.overrides, timeout_s=CELL_TIMEOUT_S)
+                cpu.stop()
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             failed.append(f"{cell.name} ({error})")
             continue
         known = known_cells(path)
-        known[cell.name] = {"overrides": list(cell.overrides), "commit": commit(), **summarise(rows, wall_s)}
+        known[cell.name] = {
+            "overrides": list(cell.overrides),
+            "commit": commit(),
+            **summarise(rows, wall_s),
+            "core_s": core_s(cpu, len(rows)),
+        }
         write(known)
     for line in failed:
         print(f"FAILED {line}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def core_s(cpu: RoleCpu, rows: int) -> dict[str, float]:
+    """Seconds of processor time a step, by role."""
+    steps, used = cpu.between(SKIPPED_STEPS, rows - 1)
+    return {role: seconds / steps for role, seconds in used.items()}
 
 
 def summarise(rows: list[dict], wall_s: float) -> dict:
