@@ -73,7 +73,10 @@ class LeaseDesk:
                     worker.announced_at, worker.announced_address = state.clock(), published.address
 
     def lease_all(self) -> None:
-        """Give every worker what it has credit for, one group at a time, each to whom `placement` chooses."""
+        """Give every worker what it has credit for, one group at a time, each to whom `placement` chooses.
+
+        A version opens the gate for many groups at once: those who serve it already leave the others their share.
+        """
         everybody = self._state.peers.workers()
         if self._state.evaluations.current is not None:
             for worker in everybody:
@@ -82,7 +85,8 @@ class LeaseDesk:
         if not self._has_room():
             return
         free = [worker for worker in everybody if self._is_free(worker)]
-        may_begin = {version: self._may_begin(version) for version in {worker.version for worker in free}}
+        left = self._left_for_others(everybody) if free else 0
+        may_begin = {version: self._may_begin(version, left) for version in {worker.version for worker in free}}
         workers = [worker for worker in free if may_begin[worker.version]]
         loads = [self._load(worker) for worker in workers]
         rank = self._state.placement.ranking(loads)
@@ -90,7 +94,7 @@ class LeaseDesk:
         heapq.heapify(queue)
         while queue:  # a lease changes the load of one worker; of the others, only whether they may have another
             _, index = queue[0]
-            if self._is_free(workers[index]) and self._may_begin(workers[index].version):
+            if self._is_free(workers[index]) and self._may_begin(workers[index].version, left):
                 self._lease_training(workers[index])
                 heapq.heapreplace(queue, (rank(self._load(workers[index])), index))
             else:
@@ -112,10 +116,34 @@ class LeaseDesk:
     def _is_free(self, worker: Peer) -> bool:
         return worker.leases_sent < worker.credits and worker.standing == "working" and worker.is_settled
 
-    def _may_begin(self, version: int) -> bool:
-        """May a worker that serves `version` have one more group?"""
+    def _left_for_others(self, workers: Sequence[Peer]) -> int:
+        """Groups that are for workers which serve the newest version in a moment: of all that may run then, as large a
+        share as theirs of all the room there is for groups."""
         state = self._state
-        accepted, running = state.accepted, state.ledger.running
+        now = state.clock()
+        coming = [worker for worker in workers if worker.is_coming(now)]
+        if not coming:
+            return 0
+        running = state.ledger.running
+        may_run = running + min(
+            state.gate.capacity(state.newest_known, state.accepted, running),
+            state.config.steps * state.config.batch_groups - state.accepted - running,
+        )
+        room = sum(self._room(worker) for worker in workers if worker.standing == "working")
+        left = 0
+        for worker in coming:
+            share = may_run * self._room(worker) // max(1, room)
+            left += max(0, share - state.leases.count(worker.name))
+        return left
+
+    def _room(self, worker: Peer) -> int:
+        """For groups at a time."""
+        return worker.credits - worker.leases_sent + self._state.leases.count(worker.name)
+
+    def _may_begin(self, version: int, left: int) -> bool:
+        """May a worker that serves `version` have one more group, and `left` remain for others?"""
+        state = self._state
+        accepted, running = state.accepted, state.ledger.running + left
         return (
             state.config.start_step <= version
             and accepted + running < state.config.steps * state.config.batch_groups
@@ -340,7 +368,7 @@ class LeaseDesk:
         newest = self._state.newest_known
         if version > newest:
             raise MalformedMessage(f"version {version} is served, {newest} is the newest announced")
-        worker.version = max(worker.version, version)
+        worker.serves(version, self._state.clock())
 
     def tick(self, now: float) -> None:
         """Take back what is overdue, and what workers hold who have not come back to a new broker."""

@@ -51,6 +51,9 @@ class Leases:
     def of(self, worker: str) -> list[Held]:
         return list(self._by_worker.get(worker, {}).values())
 
+    def count(self, worker: str) -> int:
+        return len(self._by_worker.get(worker, ()))
+
     def has_any(self, worker: str) -> bool:
         return worker in self._by_worker
 

@@ -10,11 +10,23 @@ from scripted import (
     connect,
     make_group,
     receive,
+    receives_nothing,
     send_group,
 )
 
+from databus.client import BusClient
 from databus.groups import Group
-from databus.messages import Ack, Credits, Heartbeat, Lease, Position, PositionRequest, Stop
+from databus.messages import (
+    Ack,
+    Credits,
+    Heartbeat,
+    Lease,
+    Position,
+    PositionRequest,
+    Stop,
+    VersionAnnounced,
+    VersionApplied,
+)
 from databus.run_state import RunFailed
 from databus.scheduling import Load, Rank
 
@@ -179,3 +191,46 @@ def test_a_group_that_is_kept_starts_the_count_anew(address: str) -> None:
     running.join()
     assert running.failure is None
     assert running.sink.rows[0]["ledger/filtered_groups"] == 3
+
+
+def two_workers_told_of_version_1(address: str) -> tuple[ScriptedLearner, list[BusClient]]:
+    """On policy, four groups a batch; both have served version 0, and have room for four groups each."""
+    RunningBroker(broker_config(address, batch_groups=4, max_staleness=0))
+    workers = [connect(address, name, "worker", max_sequences=8) for name in ("first", "second")]
+    for worker in workers:
+        worker.send(Credits(total=2))
+    for worker in workers:
+        for _ in range(2):
+            lease = receive(worker, Lease)
+            send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[0], [0]]))
+        worker.send(Credits(total=6))
+    learner = ScriptedLearner(address)
+    learner.step(0)
+    for worker in workers:
+        receive(worker, VersionAnnounced)
+    return learner, workers
+
+
+def test_whoever_serves_a_version_first_leaves_the_others_their_share(address: str) -> None:
+    learner, (first, second) = two_workers_told_of_version_1(address)
+    for worker in (first, second):
+        worker.send(VersionApplied(version=1))
+        for _ in range(2):
+            receive(worker, Lease)
+    assert all(receives_nothing(worker, Lease, 0.3) for worker in (first, second))
+    for worker in (first, second):  # the leases of one that goes are another's
+        worker.close("done")
+    learner.client.close("done")
+
+
+def test_nobody_waits_for_one_that_is_late(address: str) -> None:
+    learner, (first, second) = two_workers_told_of_version_1(address)
+    first.send(VersionApplied(version=1))
+    for _ in range(2):
+        receive(first, Lease)
+    assert receives_nothing(first, Lease, 0.2)
+    for _ in range(2):
+        receive(first, Lease)
+    for worker in (first, second):
+        worker.close("done")
+    learner.client.close("done")
