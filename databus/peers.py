@@ -50,11 +50,8 @@ MAY_SEND: dict[Role, tuple[type, ...]] = {
 
 MISSED_HEARTBEATS = 2
 
-FIRST_UPDATE_S = 0.5
-LATE, LATE_S = 1.5, 0.05
-LONGEST_COMING_S = 2.0
-"""How long a worker that was told of a version is waited for: somewhat longer than the last one took it, and never
-longer than the longest."""
+LATE, LATE_S = 1.5, 0.5
+"""A worker that was told of a version is waited for so much longer than it took the first."""
 
 
 @dataclass
@@ -62,7 +59,7 @@ class Peer:
     """route: of its connection. version: what a worker serves. announced: the newest version it was told of, and when.
     refused: the newest version that its engine has refused.
 
-    update_s: from being told of the last version that it took up until it served it.
+    update_s: from being told of the last version that it took up until it served it; 0: there was none yet.
     credits: of `Credits.total`. standing: whether a worker gets leases. received_tokens: of
     `Heartbeat.generated_tokens`, those whose groups have come in, or never will.
     """
@@ -74,7 +71,7 @@ class Peer:
     announced: int
     announced_at: float = 0.0
     announced_address: str = ""
-    update_s: float = FIRST_UPDATE_S
+    update_s: float = 0.0
     credits: int = 0
     leases_sent: int = 0
     received_tokens: int = 0
@@ -89,10 +86,14 @@ class Peer:
         """It serves what it was told of, or never will."""
         return self.version >= self.announced or self.refused >= self.announced
 
-    def is_coming(self, now: float) -> bool:
-        """Will it serve what it was told of in a moment?"""
-        within_s = min(LONGEST_COMING_S, LATE * self.update_s + LATE_S)
-        return not self.is_settled and self.standing == "working" and now - self.announced_at <= within_s
+    def is_coming(self, now: float, first_s: float) -> bool:
+        """Will it serve what it was told of in a moment? Args: first_s: that it took the first to do so."""
+        within_s = LATE * first_s + LATE_S
+        return (
+            not self.is_settled
+            and self.standing == "working"
+            and max(self.update_s, now - self.announced_at) <= within_s
+        )
 
     def serves(self, version: int, now: float) -> None:
         if self.version < self.announced <= version:
