@@ -44,6 +44,7 @@ class LeaseDesk:
         self._recorder = recorder
         history = state.config.history
         self.history = None if history is None else CompletionHistory(history)
+        self._served, self._first_s = -1, 0.0  # the newest version that a worker serves, how long it took the first
         self._reward_failures = 0
         self._dropped = DroppedInARow(state.config.max_filtered, state.config.batch_groups)
 
@@ -121,7 +122,7 @@ class LeaseDesk:
         share as theirs of all the room there is for groups."""
         state = self._state
         now = state.clock()
-        coming = [worker for worker in workers if worker.is_coming(now)]
+        coming = [worker for worker in workers if worker.is_coming(now, self._first_s)]
         if not coming:
             return 0
         running = state.ledger.running
@@ -369,6 +370,8 @@ class LeaseDesk:
         if version > newest:
             raise MalformedMessage(f"version {version} is served, {newest} is the newest announced")
         worker.serves(version, self._state.clock())
+        if version > self._served:
+            self._served, self._first_s = version, worker.update_s
 
     def tick(self, now: float) -> None:
         """Take back what is overdue, and what workers hold who have not come back to a new broker."""
