@@ -199,10 +199,10 @@ def two_workers_told_of_version_1(address: str) -> tuple[ScriptedLearner, list[B
     workers = [connect(address, name, "worker", max_sequences=8) for name in ("first", "second")]
     for worker in workers:
         worker.send(Credits(total=2))
+    leases = [(worker, receive(worker, Lease)) for worker in workers for _ in range(2)]
+    for worker, lease in leases:
+        send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[0], [0]]))
     for worker in workers:
-        for _ in range(2):
-            lease = receive(worker, Lease)
-            send_group(worker, lease.group_id, make_group(lease.prompt_ids, [[0], [0]]))
         worker.send(Credits(total=6))
     learner = ScriptedLearner(address)
     learner.step(0)
