@@ -24,7 +24,7 @@ SPARK_STEPS = 40
 MAX_LINE = 1000
 MAX_NAMED = 4
 MAX_ADVICE = 2
-REFRESH_S = 1.0
+REFRESH_S = 2.0
 """Between drawings where nothing has happened: what changes then is seconds."""
 LABEL_WIDTH = len("next batch")
 
