@@ -36,7 +36,7 @@ demo: $(READY) $(TASK)/eval.jsonl
 	@$(BIN)/echelon run recipes/grpo_chain_sum.py $(if $(GPU),rollout.device=cuda learner.device=cuda) $(ARGS)
 
 test: $(READY)
-	@$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY)
 	@$(BIN)/ruff check .

@@ -1,13 +1,16 @@
-"""Ties a process's life to its parent's, so that nothing of a run outlives it."""
+"""A process's life: tied to its parent's, so that nothing of a run outlives it; and how it ends by itself."""
 
+import atexit
 import ctypes
 import gc
 import multiprocessing.spawn
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
 MAIN_PID_VARIABLE = "ECHELON_PID"
@@ -78,3 +81,27 @@ def collect_garbage_seldom() -> None:
     """
     gc.freeze()
     gc.set_threshold(GARBAGE_THRESHOLD, 20, 20)
+
+
+def run_as_program(main: Callable[[], int]) -> NoReturn:
+    """Run `main` as all that this process is for. An exception that it lets out ends the process as Python does."""
+    try:
+        code = main()
+    except SystemExit as left:
+        if not isinstance(left.code, int):
+            raise
+        code = left.code
+    end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """End as Python does: threads are joined, what was registered for the exit is run, output is written.
+
+    But nothing is taken apart. With torch and vLLM loaded that takes a second, and libraries of theirs fill the last
+    lines of a log, which people read first, with what they find left over. `multiprocessing` ends its processes so.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

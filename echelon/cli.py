@@ -124,7 +124,9 @@ def _add_serve(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _add_engine(serve: Parser) -> None:
     serve.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     serve.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    serve.add_argument("--context-tokens", type=int, default=2048, help="prompt and completion (default: 2048)")
+    serve.add_argument(
+        "--context-tokens", type=int, help="prompt and completion (default: 2048, or what the model has)"
+    )
     serve.add_argument("--max-sequences", type=int, default=256, help="at once (default: 256)")
     serve.add_argument("--kv-cache-gib", type=int, default=1, help="of a CPU engine (default: 1)")
     serve.add_argument("--gpu-memory-fraction", type=float, default=0.9, help="that vLLM may take (default: 0.9)")

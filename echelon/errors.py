@@ -6,7 +6,6 @@ consequence   the role ended because another one had: never the first cause whil
 """
 
 import faulthandler
-import gc
 import logging
 import signal
 import sys
@@ -85,8 +84,6 @@ def role_main(
         if error_file is not None:
             write_error(error_file, report)
         return EXIT_CODES[report.kind]
-    finally:
-        gc.freeze()  # at its end the interpreter would look through all of torch for garbage, which takes a second
     return 0
 
 

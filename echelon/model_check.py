@@ -28,19 +28,28 @@ def load_tokenizer(config: RunConfig) -> Any:
 
 def check_model(config: RunConfig) -> int:
     """The size of the model's vocabulary. Raises: ValueError, in one line, for a model that cannot be used."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    try:
-        model = AutoConfig.from_pretrained(config.model)
-    except Exception as error:  # whatever a foreign file makes the library raise
-        raise ValueError(f"model={config.model} cannot be loaded: {message_of(error)}") from error
+    model = _load_config(config.model)
     if model.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"model={config.model} is not a causal language model: its type is {model.model_type!r}")
     _check_weights(config.model)
     text_config = model.get_text_config()
-    _check_context(config, getattr(text_config, "max_position_embeddings", None), text_config)
+    positions = _positions(text_config)
+    if positions is not None and config.rollout.context_tokens > positions:
+        raise ValueError(
+            f"rollout.context_tokens is {config.rollout.context_tokens}, but model={config.model} has {positions} "
+            "positions: lower it"
+        )
     return text_config.vocab_size
+
+
+def model_positions(model: str) -> int | None:
+    """Tokens that a prompt and its completion may have together; None where the model does not say.
+
+    Raises: ValueError, in one line, for a model that cannot be loaded.
+    """
+    return _positions(_load_config(model).get_text_config())
 
 
 def check_end_tokens(model: str, token_ids: Sequence[int], vocab_size: int) -> None:
@@ -86,11 +95,16 @@ def _check_weights(model: str) -> None:
         raise ValueError(f"model={model} has no weights: expected {' or '.join(WEIGHT_PATTERNS)} in it")
 
 
-def _check_context(config: RunConfig, positions: int | None, text_config: Any) -> None:
+def _load_config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except Exception as error:  # whatever a foreign file makes the library raise
+        raise ValueError(f"model={model} cannot be loaded: {message_of(error)}") from error
+
+
+def _positions(text_config: Any) -> int | None:
     rope = getattr(text_config, "rope_parameters", None) or {}
     scaled = rope.get("rope_type", "default") != "default"  # then the limit is another one
-    if positions is not None and not scaled and config.rollout.context_tokens > positions:
-        raise ValueError(
-            f"rollout.context_tokens is {config.rollout.context_tokens}, but model={config.model} has {positions} "
-            "positions: lower it"
-        )
+    return None if scaled else getattr(text_config, "max_position_embeddings", None)

@@ -21,6 +21,11 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 VOCABULARY = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start engines first: with files handed out one by one, the last ones are then short."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ends the brokers and clients that a test started in threads: the tests after it would be slower for each."""

@@ -2,13 +2,13 @@
 
 import argparse
 import faulthandler
-import gc
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from rewards.config import RewardConfig
 from rollout.config import RolloutConfig
@@ -16,15 +16,18 @@ from rollout.service.config import ServiceConfig, check_exposure
 from rollout.service.keys import read_key
 
 ROLE = "serve"
+DEFAULT_CONTEXT_TOKENS = 2048
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Raises: ValueError, in one line, for what cannot work; EngineDead."""
+    """Does not return. Raises: ValueError, in one line, for what cannot work; EngineDead."""
     config = settings_of(args)
     check_exposure(config)
     for file in (config.api_key_file, config.admin_key_file):
         if file is not None:
             read_key(file)
+    config = in_positions(config, args.context_tokens)
+    from databus.process import end_process
     from echelon.errors import set_up_logging
     from echelon.followed_run import follow_run
     from echelon.served_folder import open_folder
@@ -35,15 +38,28 @@ def execute(args: argparse.Namespace) -> int:
     set_up_logging(ROLE)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     follow = FollowRequest(run=args.follow, keys=args.keys) if args.follow else None
-    try:
-        return serve(config, WeightSources(open_folder=open_folder, join=follow_run), follow, ready=_say_ready)
-    finally:
-        gc.freeze()  # at its end the interpreter would look through all of torch for garbage, which takes a second
+    sources = WeightSources(open_folder=open_folder, join=follow_run)
+    end_process(serve(config, sources, follow, ready=_say_ready))
 
 
 def _say_ready(address: str) -> None:
     sys.stdout.write(f"ready at {address}\n")
     sys.stdout.flush()
+
+
+def in_positions(config: ServiceConfig, asked: int | None) -> ServiceConfig:
+    """With the context that the model has where it is less than the default.
+
+    Raises: ValueError, in one line, where more was asked for, or the model cannot be loaded.
+    """
+    from echelon.model_check import model_positions
+
+    positions = model_positions(config.model)
+    if positions is None or config.rollout.context_tokens <= positions:
+        return config
+    if asked is not None:
+        raise ValueError(f"--context-tokens is {asked}, but {config.model} has {positions} positions: lower it")
+    return structs.replace(config, rollout=structs.replace(config.rollout, context_tokens=positions))
 
 
 def settings_of(args: argparse.Namespace) -> ServiceConfig:
@@ -54,7 +70,7 @@ def settings_of(args: argparse.Namespace) -> ServiceConfig:
         {
             "device": args.device,
             "dtype": args.dtype,
-            "context_tokens": args.context_tokens,
+            "context_tokens": DEFAULT_CONTEXT_TOKENS if args.context_tokens is None else args.context_tokens,
             "max_sequences": args.max_sequences,
             "kv_cache_gib": args.kv_cache_gib,
             "gpu_memory_fraction": args.gpu_memory_fraction,

@@ -16,7 +16,7 @@ from databus.evaluation import ACCURACY
 from databus.journal import Journal, read_journal, recover
 from databus.keys import server_keys
 from databus.messages import Position
-from databus.process import collect_garbage_seldom
+from databus.process import collect_garbage_seldom, run_as_program
 from databus.prompts import Prompt, SampledGroup
 from echelon.broker_settings import broker_settings, group_filters
 from echelon.config import RunConfig, TracesConfig
@@ -181,4 +181,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_program(main)

@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from databus.codec import Frame
 from databus.config import WeightsConfig
 from databus.errors import BusLost
 from databus.messages import Hello
+from databus.process import run_as_program
 from echelon.errors import role_main
 from echelon.probe import probe_texts
 from echelon.run_folder import RunFolder
@@ -127,4 +127,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_program(main)

@@ -5,9 +5,9 @@ It runs before every other role, so that bad input ends the run before anything 
 
 import argparse
 import logging
-import sys
 from typing import TYPE_CHECKING, Any
 
+from databus.process import run_as_program
 from echelon.errors import role_main
 from echelon.run_folder import RunFolder
 
@@ -86,4 +86,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_program(main)

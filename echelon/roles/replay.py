@@ -5,9 +5,9 @@ Rank 0 appends a row a step to OUT/rows.jsonl: its number and its metrics.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
+from databus.process import run_as_program
 from echelon.errors import role_main
 from echelon.metrics import RowWriter
 from echelon.recorded_run import RecordedBus, RecordedRun
@@ -67,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_program(main)

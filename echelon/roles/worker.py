@@ -15,6 +15,7 @@ from databus.address import reachable
 from databus.client import BusClient
 from databus.errors import BusLost
 from databus.messages import Heartbeat, Hello
+from databus.process import run_as_program
 from echelon.config import RunConfig
 from echelon.errors import SIGTERM_CODE, role_main
 from echelon.run_folder import BusRecord, RunFolder
@@ -118,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_program(main)

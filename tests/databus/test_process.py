@@ -138,3 +138,39 @@ def test_the_next_child_is_not_told_of_its_grandparent(monkeypatch: pytest.Monke
     monkeypatch.setenv("ECHELON_PARENT", str(os.getppid()))
     die_with_parent()
     assert "ECHELON_PARENT" not in os.environ
+
+
+PROGRAM = """
+import atexit, sys, threading, time
+from databus.process import run_as_program
+
+class Left:
+    def __del__(self):
+        print("taken apart")
+
+left = Left()
+left.itself = left
+
+def later():
+    time.sleep(0.2)
+    print("thread")
+
+def main():
+    atexit.register(print, "exit handler")
+    threading.Thread(target=later).start()
+    {end}
+
+run_as_program(main)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("return 3", 3), ("sys.exit(143)", 143), ("raise KeyError('x')", 1)])
+def test_program_ends_whole_but_is_not_taken_apart(end: str, code: int) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM.replace("{end}", end)], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert ran.returncode == code
+    is_raised = "KeyError" in ran.stderr
+    assert ran.stdout.split("\n")[:2] == ["thread", "exit handler"]
+    assert is_raised == (code == 1)
+    assert ("taken apart" in ran.stdout) == is_raised  # nobody knows what that left behind

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from echelon.cli import BAD_INPUT, main, parse
-from echelon.commands.serve import settings_of
+from echelon.commands.serve import in_positions, settings_of
 
 
 @pytest.fixture
@@ -58,3 +58,17 @@ def test_options_become_settings(files: Path) -> None:
     )
     assert config.functions == {"ones": reward}
     assert (config.host, config.api_key_file, config.admin_key_file) == ("127.0.0.1", None, None)
+
+
+@pytest.mark.parametrize(("asked", "context"), [(None, 512), (512, 512), (100, 100)])
+def test_context_is_what_the_model_has(tiny_model: Path, asked: int | None, context: int) -> None:
+    words = [] if asked is None else ["--context-tokens", str(asked)]
+    config = in_positions(settings_of(parse(["serve", str(tiny_model), *words])), asked)
+    assert config.rollout.context_tokens == context
+
+
+def test_no_more_context_than_the_model_has(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tiny_model), "--context-tokens", "513"]) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert f"--context-tokens is 513, but {tiny_model} has 512 positions: lower it" in error
+    assert error.count("\n") == 1
