@@ -47,6 +47,7 @@ from databus.outbox import Outbox
 from databus.peers import Peer, may_send
 from databus.prompts import GroupFilter, GroupRecorder, MetricsSink, Prompt, PromptSource
 from databus.recovery import Recovery
+from databus.result_desk import ResultDesk
 from databus.retention import Retention
 from databus.run_state import RunFailed, new_state
 from databus.scheduling import Placement, Scheduler
@@ -108,12 +109,13 @@ class Broker:
         self._state = new_state(
             config, prompts, evals, filters, outbox, position, Chronicle(listener), scheduler, placement, accuracies
         )
-        self._leases = LeaseDesk(self._state, recorder)
+        self._leases = LeaseDesk(self._state)
+        self._results = ResultDesk(self._state, self._leases, recorder)
         self._staffing = Staffing(self._state)
         self._gate = GateDesk(self._state)
         self._steps = StepDesk(self._state, sink, first_row)
-        self._retention = Retention(self._state, self._commit, self._leases.history, config.keep_journal)
-        Recovery(self._state, self._leases, self._steps, self._retention).fold(past)
+        self._retention = Retention(self._state, self._commit, config.keep_journal)
+        Recovery(self._state, self._results, self._steps, self._retention).fold(past)
         # Where an earlier broker had all but ended the run, peers are about to come back, and want to hear of it.
         came_back = self._state.ledger.next_cursor > 0 and position is None
         self._earliest_end = time.monotonic() + (2 * config.bus.heartbeat_s + RETURN_S if came_back else 0.0)
@@ -207,9 +209,9 @@ class Broker:
             case Holding():
                 self._leases.holding(peer, message)
             case Completed():
-                self._leases.completed(peer, message, frames)
+                self._results.completed(peer, message, frames)
             case Failed():
-                self._leases.failed(peer, message)
+                self._results.failed(peer, message)
             case Released():
                 self._leases.released(peer, message)
             case Leaving():

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from databus.batches import Waiting
 from databus.groups import decode_group
 from databus.journal import JournalDamaged, JournalEntry
-from databus.lease_desk import LeaseDesk
 from databus.records import BatchCut, GroupCompleted, GroupLeased, GroupMoved, HistorySaved, StateSaved, StepTaken
+from databus.result_desk import ResultDesk
 from databus.retention import Retention
 from databus.run_state import RunState
 from databus.snapshot import load_copy, load_history, load_state
@@ -17,9 +17,9 @@ from databus.step_desk import StepDesk
 class Recovery:
     """Does with each record what the broker did when it wrote it, but says nothing and writes nothing."""
 
-    def __init__(self, state: RunState, leases: LeaseDesk, steps: StepDesk, retention: Retention) -> None:
+    def __init__(self, state: RunState, results: ResultDesk, steps: StepDesk, retention: Retention) -> None:
         self._state = state
-        self._leases = leases
+        self._results = results
         self._steps = steps
         self._retention = retention
         self._is_first = True
@@ -45,8 +45,8 @@ class Recovery:
             case StateSaved() as record:
                 self._saved(record, item.place.segment)
             case HistorySaved() as record:
-                if self._is_loading and self._leases.history is not None:
-                    load_history(self._leases.history, record, item.frames)
+                if self._is_loading and self._state.history is not None:
+                    load_history(self._state.history, record, item.frames)
             case GroupLeased() as record:
                 self._leased(record)
             case GroupCompleted(copied=True) as record:
@@ -94,7 +94,7 @@ class Recovery:
         for other in state.ledger.complete(entry):
             state.leases.drop(other.group_id)
         state.leases.drop(entry.group_id)
-        self._leases.take_in(entry, held.prompt, group)
+        self._results.take_in(entry, held.prompt, group)
         state.queue.add(
             Waiting(
                 entry, group, record.reward_names, held.prompt.prompt, record.columns, item.frames, item.place.pack()

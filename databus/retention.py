@@ -1,7 +1,6 @@
 """Retention: with each checkpoint the journal begins a segment to go on from; what no checkpoint needs goes."""
 
 from databus.group_commit import GroupCommit
-from databus.history import CompletionHistory
 from databus.messages import Position
 from databus.records import StateSaved
 from databus.run_state import RunState
@@ -11,13 +10,10 @@ from databus.snapshot import saved_records
 class Retention:
     """Knows which segment begins with the state of which step, and what that was."""
 
-    def __init__(
-        self, state: RunState, commit: GroupCommit, history: CompletionHistory | None, keep: bool = False
-    ) -> None:
+    def __init__(self, state: RunState, commit: GroupCommit, keep: bool = False) -> None:
         """Args: keep: all segments."""
         self._state = state
         self._commit = commit
-        self._history = history
         self._keep = keep
         self._segments: dict[int, int] = {}
         self._positions: dict[int, Position] = {}
@@ -27,7 +23,7 @@ class Retention:
         state = self._state
         if step in self._segments or state.step != step or state.batch is not None:
             return
-        records = saved_records(state, self._history)
+        records = saved_records(state)
         places = self._commit.roll(records)
         if places is None:
             return

@@ -13,6 +13,7 @@ from databus.chronicle import Chronicle
 from databus.codec import Frame
 from databus.config import BrokerConfig
 from databus.evaluation import Evaluations
+from databus.history import CompletionHistory
 from databus.leases import Held, Leases
 from databus.ledger import Ledger
 from databus.messages import Position, VersionAnnounced, VersionPublished
@@ -34,7 +35,7 @@ class RunState:
     when, on `clock`, seconds that only grow.
 
     trained: places in the journal, packed, of the groups of each step that was taken.
-    refusal: the newest version that an engine refused, and why.
+    refusal: the newest version that an engine refused, and why. history: earlier completions; None: nobody drafts.
     """
 
     config: BrokerConfig
@@ -59,6 +60,7 @@ class RunState:
     placement: Placement = field(default_factory=MostCredit)
     trained: dict[int, "array[int]"] = field(default_factory=dict)
     refusal: str = ""
+    history: CompletionHistory | None = None
     clock: Callable[[], float] = time.monotonic
     progress: float = field(init=False)
 
@@ -153,5 +155,6 @@ def new_state(
         step=config.start_step,
         scheduler=scheduler,
         placement=placement or MostCredit(),
+        history=None if config.history is None else CompletionHistory(config.history),
         clock=clock,
     )

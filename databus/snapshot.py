@@ -15,7 +15,7 @@ from databus.run_state import RunState
 Records = list[tuple[Record, Sequence[Frame]]]
 
 
-def saved_records(state: RunState, history: CompletionHistory | None) -> Records:
+def saved_records(state: RunState) -> Records:
     """`StateSaved`, a copy of each group that waits, and the histories. No batch may be under way."""
     copies = [_copy(waiting) for waiting in state.queue]
     ledger = state.ledger
@@ -30,7 +30,7 @@ def saved_records(state: RunState, history: CompletionHistory | None) -> Records
         to_lease=ledger.to_lease,
         scheduling=b"" if state.scheduler is None else state.scheduler.save(),
     )
-    return [(head, ()), *copies, *_histories(history)]
+    return [(head, ()), *copies, *_histories(state.history)]
 
 
 def _copy(waiting: Waiting) -> tuple[GroupCompleted, Sequence[Frame]]:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from learner.config import LoraConfig
 from learner.logprobs import token_logprobs
 from learner.lora import LoraLayers, add_lora
+from learner.onednn import linear_by_onednn, mkl_is_held_back
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling")
@@ -89,6 +90,8 @@ def build_model(model_path: str | Path, options: ModelOptions) -> PolicyModel:
         policy.lora = add_lora(causal_lm, decoder_layers(causal_lm), options.lora, DTYPES[options.dtype])
     if options.compile:
         _compile(causal_lm)
+    elif options.device == "cpu" and options.dtype == "float32" and mkl_is_held_back():
+        linear_by_onednn(causal_lm)
     if options.gradient_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _disable_dropout(policy)

@@ -12,6 +12,7 @@ from databus.messages import Hello
 from databus.outbox import Outbox
 from databus.peers import Peer
 from databus.prompts import GroupFilter, MetricsSink, Prompt, PromptSource
+from databus.result_desk import ResultDesk
 from databus.run_state import new_state
 from databus.scheduling import Scheduler
 from databus.step_desk import StepDesk
@@ -91,6 +92,7 @@ class SimulatedBroker:
             clock=events.clock,
         )
         self.leases = LeaseDesk(self.state)
+        self.results = ResultDesk(self.state, self.leases)
         self.steps = StepDesk(self.state, sink)
         self._inbox: list[Callable[[], None]] = []
         self._next_tick = self._next_turn = 0.0

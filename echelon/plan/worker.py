@@ -140,7 +140,7 @@ class SimulatedWorker:
         if lease.purpose == "train":
             self._count(-1)
         message = Completed(group_id=lease.group_id, columns=COLUMNS, reward_names=("reward",))
-        self._broker.leases.take(self._peer, message, (), group)
+        self._broker.results.take(self._peer, message, (), group)
 
     def _count(self, change: int) -> None:
         now = self._events.now

@@ -28,6 +28,8 @@ def set_environment(config: RolloutConfig, model: str) -> None:
         # this process has threads of its own by then, which a fork would leave behind holding locks
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "TOKENIZERS_PARALLELISM": "false",
+        # vLLM's processes end without giving back their shared memory; Python does it for them, and complains.
+        "PYTHONWARNINGS": "ignore:resource_tracker",
     }
     if config.device == "cpu":
         settings["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)

@@ -117,13 +117,13 @@ def recorded_run(config: RunConfig, costs: Costs, steps: int) -> tuple[Trace, Si
     state = simulation._broker.state
     recorder = Recorder(simulation._events)
     state.chronicle = recorder
-    taken = simulation._broker.leases.take_in
+    taken = simulation._broker.results.take_in
 
     def take_in(entry: Entry, prompt: Prompt, group: Group) -> None:
         recorder.take(entry.group_id, group)
         taken(entry, prompt, group)
 
-    simulation._broker.leases.take_in = take_in
+    simulation._broker.results.take_in = take_in
     simulation.run(steps, 1)
     recorder.trace.rows = [dict(row) | {"learner/publish_s": costs.publish_s} for row in simulation.rows]
     cut = START
