@@ -327,6 +327,7 @@ class Broker:
             training_s=0.0 if state.batch is None else now - state.batch_cut,
             requested=state.requested is not None and state.batch is None,
             learner_silent_s=0.0 if learner is None else now - learner.heard,
+            learner_joined_s=0.0 if learner is None else now - learner.joined,
             disk_full=self._commit.disk_full,
             refusal=state.refusal,
             batch_groups=self._config.batch_groups,

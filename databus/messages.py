@@ -378,7 +378,8 @@ class Position(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
-    """A worker as the broker knows it. `standing`: a spare and one that is leaving get no leases."""
+    """A worker as the broker knows it. `standing`: a spare and one that is leaving get no leases. `joined_s`: since it
+    said hello."""
 
     name: str
     version: int
@@ -387,6 +388,7 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     silent_s: float
     standing: Standing = "working"
+    joined_s: float = 0.0
 
 
 class Status(Struct, frozen=True, kw_only=True, tag=True):
@@ -395,10 +397,11 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     `last_progress_s` is the age of the newest sign of progress (a group completed, a step done, a
     version applied); `error` is the first cause where the broker ended the run. `drained`: workers that the
     broker has told to leave, and why, until they are back. `training_s`: how long the learner has had the batch that
-    it has, 0 where it has none; `requested`: it waits for one; `learner_silent_s`: since it was heard. `disk_full`:
-    why nothing is being acknowledged or handed out. `refusal`: the newest version that an engine refused, and why.
-    `batch_groups`: of which a batch is made; `oldest_lease_s`: how long the oldest lease has been out. `published`: the
-    newest version and where it can be pulled, None before there is one.
+    it has, 0 where it has none; `requested`: it waits for one; `learner_silent_s`: since it was heard,
+    `learner_joined_s`: since it said hello. `disk_full`: why nothing is being acknowledged or handed out. `refusal`:
+    the newest version that an engine refused, and why. `batch_groups`: of which a batch is made; `oldest_lease_s`: how
+    long the oldest lease has been out. `published`: the newest version and where it can be pulled, None before there is
+    one.
     """
 
     phase: str
@@ -416,6 +419,7 @@ class Status(Struct, frozen=True, kw_only=True, tag=True):
     training_s: float = 0.0
     requested: bool = False
     learner_silent_s: float = 0.0
+    learner_joined_s: float = 0.0
     disk_full: str = ""
     refusal: str = ""
     batch_groups: int = 0

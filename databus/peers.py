@@ -204,6 +204,7 @@ class Peers:
                 tokens_per_s=peer.tokens_per_s,
                 silent_s=now - peer.heard,
                 standing=peer.standing,
+                joined_s=now - peer.joined,
             )
             for peer in self.workers()
         )

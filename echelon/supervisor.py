@@ -182,15 +182,16 @@ class Supervisor:
             self._enter("finishing" if status.phase in ("finishing", "finished") else "training")
 
     def _learner_is_present(self, status: Status) -> bool:
-        return status.learner_ready and self._was_heard(LEARNER, status.learner_silent_s)
+        return status.learner_ready and self._has_joined(LEARNER, status.learner_joined_s)
 
     def _is_present(self, worker: WorkerStatus) -> bool:
-        return self._was_heard(worker.name, worker.silent_s)
+        return self._has_joined(worker.name, worker.joined_s)
 
-    def _was_heard(self, name: str, silent_s: float) -> bool:
-        """False for one that the broker still knows but that has died, and is being started again."""
+    def _has_joined(self, name: str, joined_s: float) -> bool:
+        """False for one that the broker still knows but that has died, and is being started again. When it was heard
+        would not say: its last messages may have been read a moment after."""
         child = self._roster.children.get(name)
-        return child is None or silent_s < self._status_at - child.started  # of that moment, as the broker's figure is
+        return child is None or joined_s < self._status_at - child.started  # of that moment, as the broker's figure is
 
     def _missing(self) -> list[str]:
         """Roles that have been started and are not ready; whoever waits for a place is missing only where needed."""

@@ -12,8 +12,9 @@ import asyncio
 import logging
 import multiprocessing
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,6 +97,7 @@ class VllmEngine:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="vllm-start")
         self._starting: Future[None] | None = None
         self._closed = False
+        self._others = frozenset[BaseProcess]()  # engine cores of this process that another engine has started
 
     @property
     def version(self) -> int:
@@ -217,16 +219,17 @@ class VllmEngine:
     def _end_cores(self) -> None:
         """Also those that a start which nobody waits for any more has yet to make."""
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
-        _end_cores()
+        _end(_engine_cores() - self._others)
         while self._starting is not None and not self._starting.done() and time.monotonic() < deadline:
             time.sleep(START_POLL_S)
-            _end_cores()
+            _end(_engine_cores() - self._others)
 
     def _close_page(self) -> None:
         if self._draft_page is not None:
             self._draft_page.close()
 
     def _build(self) -> None:
+        self._others = _engine_cores()
         check_installed(self._config.device)
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
@@ -369,9 +372,12 @@ def _completion(output: Any) -> Completion:
     )
 
 
-def _end_cores() -> None:
-    """End the engine core, answering or not; its own workers end with it."""
-    cores = [child for child in multiprocessing.active_children() if child.name.startswith(CORE_NAME)]
+def _engine_cores() -> frozenset[BaseProcess]:
+    return frozenset(child for child in multiprocessing.active_children() if child.name.startswith(CORE_NAME))
+
+
+def _end(cores: Collection[BaseProcess]) -> None:
+    """End engine cores, answering or not; their own workers end with them."""
     for core in cores:
         core.kill()
     for core in cores:

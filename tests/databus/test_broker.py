@@ -145,6 +145,20 @@ def test_roles_are_held_to_their_messages(address: str) -> None:
         client.close("done")
 
 
+def test_status_says_how_long_ago_a_peer_said_hello(address: str) -> None:
+    """Not when it was heard: of one that was killed, messages may be read after another was started in its place."""
+    RunningBroker(broker_config(address, bus=BusConfig(heartbeat_s=0.05)))
+    worker, learner = connect(address, "w", "worker", max_sequences=4), connect(address, "learner", "learner")
+    observer = connect(address, "o", "observer")
+    time.sleep(0.5)
+    observer.send(StatusRequest())
+    status = receive(observer, Status)
+    assert status.workers[0].joined_s >= 0.5 and status.learner_joined_s >= 0.5
+    assert status.workers[0].silent_s < 0.4 and status.learner_silent_s < 0.4
+    for client in (worker, learner, observer):
+        client.close("done")
+
+
 def test_names_and_second_learner_are_refused(address: str) -> None:
     RunningBroker(broker_config(address))
     first = connect(address, "learner", "learner", pid=1, host="elsewhere")

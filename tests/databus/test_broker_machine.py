@@ -342,8 +342,8 @@ class BrokerThatCrashes(RuleBasedStateMachine):
 
 def past_completions(broker: Broker) -> dict[int, list[int]]:
     """Identities of what is sent along with leases, by problem."""
-    assert broker._leases.history is not None
-    return {key: [each.identity for each in completions] for key, completions in broker._leases.history.items()}
+    assert broker._state.history is not None
+    return {key: [each.identity for each in completions] for key, completions in broker._state.history.items()}
 
 
 BrokerThatCrashes.TestCase.settings = settings(

@@ -46,12 +46,13 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass
 class Serving:
-    """The engine, the loop it lives in, and the weights of every version that it has served."""
+    """The engine, the loop it lives in, the weights of every version that it has served; what ran before it."""
 
     engine: VllmEngine
     runner: asyncio.Runner
     make_snapshot: Callable[..., Snapshot]
     history: dict[int, Weights] = field(default_factory=dict)
+    others: list[psutil.Process] = field(default_factory=list)
 
     @property
     def weights(self) -> Weights:
@@ -95,13 +96,18 @@ class Serving:
 def serving(tiny_model: Path, tiny_weights: Weights, make_snapshot: Callable) -> Iterator[Serving]:
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
         patch.setattr(rollout.engine.vllm_setup, "WORKER_EXTENSION", "faulty_loader.FaultyLoader")
+        others = below()
         engine = VllmEngine(CONFIG, str(tiny_model), seed=0, version=0)
         runner.run(asyncio.wait_for(engine.start(), 200))
         weights = {name: tensor.detach() for name, tensor in tiny_weights.items()}
-        serving = Serving(engine, runner, make_snapshot, {0: weights})
+        serving = Serving(engine, runner, make_snapshot, {0: weights}, others)
         serving.run(serving.update(*serving.next_version()))  # whole, by which the engine learns where all goes
         yield serving
         runner.run(asyncio.wait_for(engine.close(), 60))
+
+
+def below() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
 
 
 def request(
@@ -291,7 +297,7 @@ def test_a_tensor_that_is_said_to_be_as_before_and_is_not_is_loaded(serving: Ser
 def test_a_worker_that_is_killed_in_the_middle_ends_the_engine(serving: Serving, tmp_path: Path) -> None:
     """And nothing is stamped with a version that it is not of: what was in flight fails."""
     flag = tmp_path / "in the middle"
-    (worker,) = [child for child in psutil.Process().children(recursive=True) if "Worker" in child.name()]
+    (worker,) = [child for child in below() if "Worker" in child.name() and child not in serving.others]
 
     async def scenario() -> list[Any]:
         flying = asyncio.ensure_future(serving.engine.generate(request("flying", 8, 90)))
