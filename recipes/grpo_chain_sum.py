@@ -47,7 +47,8 @@ def recipe() -> RunConfig:
         max_staleness=2,
         group_size=16,
         batch_groups=16,
-        rollout=RolloutConfig(max_sequences=256, context_tokens=256, max_tokens=128),
+        # Half a batch at a time: of a whole one, the longest groups take more than max_staleness steps, and go stale.
+        rollout=RolloutConfig(max_sequences=128, context_tokens=256, max_tokens=128),
         learner=LearnerConfig(steps=100, lr=1e-4, warmup_steps=5, schedule="linear", microbatch_tokens=2048),
         eval=EvalConfig(every=10),
         wandb=WandbConfig(mode="disabled"),
