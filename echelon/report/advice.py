@@ -148,7 +148,8 @@ def stale_groups(figures: Figures) -> Advice | None:
         return None
     return Advice(
         f"{share:.0%} of the groups ({stale:.0f}) went stale before they were trained: a larger max_staleness "
-        f"(now {figures.setting('max_staleness', '?')}), a smaller rollout.max_sequences or rollout.ahead, or stale_policy=mask.",
+        f"(now {figures.setting('max_staleness', '?')}), a smaller rollout.max_sequences or rollout.ahead, or "
+        "stale_policy=mask.",
         share,
     )
 
