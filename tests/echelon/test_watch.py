@@ -34,7 +34,7 @@ def test_numbered_rows(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_is_watched_over_tcp_by_whoever_has_its_keys(write_recipe, start_run, tmp_path: Path) -> None:
-    settings = ("bus.address=tcp://127.0.0.1:*", "learner.steps=8")
+    settings = ("bus.address=tcp://127.0.0.1:*", "learner.steps=40")
     run = start_run(write_recipe(tmp_path), tmp_path / "run", *settings)
     run.wait_for(lambda: len(run.rows()) >= 2)
     bus = RunFolder(run.folder).bus()
@@ -61,5 +61,5 @@ def test_a_run_is_watched_over_tcp_by_whoever_has_its_keys(write_recipe, start_r
     assert refused.returncode != 0 and len(refused.stderr.splitlines()) == 1, refused.stderr
     assert (watching.returncode, stderr) == (0, "")
     steps = [line.split()[1] for line in stdout.splitlines() if line.startswith("step ")]
-    assert steps[:6] == [f"{step}/8" for step in range(6)]  # its first steps were over before it was watched
-    assert "of 8 steps" in stdout
+    assert steps[:6] == [f"{step}/40" for step in range(6)]  # its first steps were over before it was watched
+    assert "of 40 steps" in stdout
